@@ -1,0 +1,36 @@
+"""medmax_fast: mixed-modal biomedical assistants on Chameleon and Anole checkpoints, from images to report.
+
+The public Python API, loaded on first use so that importing the package imports neither torch nor transformers:
+
+    ImageTokenizer   images -> codes -> images (a checkpoint's VQGAN)
+    TextTokenizer    text <-> ids, with the id layout of the vocabulary
+    TokenStore       memory-mapped rows of ids, made by `medmax build`
+    PackedLoader     packed batches of a store, resumable, the same on any number of ranks
+    load_model       a checkpoint in either layout as a transformers Chameleon with packed attention
+    packed_loss      summed cross-entropy of a packed batch over its supervised ids
+    Engine, Request  batched text, image and interleaved generation
+    evaluate         the evaluation suite
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_API = {
+    "ImageTokenizer": "medmax_fast.model.image_tokenizer",
+    "TextTokenizer": "medmax_fast.vocab",
+    "TokenStore": "medmax_fast.data.store",
+    "PackedLoader": "medmax_fast.data.loader",
+    "load_model": "medmax_fast.model.load",
+    "packed_loss": "medmax_fast.model.loss",
+    "Engine": "medmax_fast.generate.engine",
+    "Request": "medmax_fast.generate.engine",
+    "evaluate": "medmax_fast.eval.run",
+}
+__all__ = ["__version__", *_API]
+
+
+def __getattr__(name: str):
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_API[name]), name)

@@ -1,0 +1,132 @@
+"""The `medmax` command: a table of commands, flags made from the configuration dataclasses, exit statuses.
+
+Every command is a function from its frozen config to a summary dict. Standard output gets the summary as a short
+table and, as its last line, as one JSON object; logs go to standard error. Exit status: 0 done, 2 bad usage or
+input (one line, no traceback), 3 more inputs rejected than allowed, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from importlib import import_module
+
+from medmax_fast import __version__, config
+from medmax_fast.runtime import InputError, TooManyRejected, log
+from medmax_fast.vocab import VocabError
+
+# command -> (configuration, module, function); modules are imported when their command is called.
+COMMANDS = {
+    "init": (config.InitConfig, "medmax_fast.model.init", "init"),
+    "doctor": (config.DoctorConfig, "medmax_fast.doctor", "doctor"),
+    "tokenize": (config.TokenizeConfig, "medmax_fast.tokenization", "tokenize_images"),
+    "decode": (config.DecodeConfig, "medmax_fast.tokenization", "decode_images"),
+    "build": (config.BuildConfig, "medmax_fast.data.build", "build"),
+    "inspect": (config.InspectConfig, "medmax_fast.report", "inspect_store"),
+    "train": (config.TrainConfig, "medmax_fast.train", "train"),
+    "merge": (config.MergeConfig, "medmax_fast.model.merge", "merge"),
+    "convert": (config.ConvertConfig, "medmax_fast.model.convert", "convert"),
+    "score": (config.ScoreConfig, "medmax_fast.score", "score"),
+    "generate": (config.GenerateConfig, "medmax_fast.generate.command", "generate"),
+    "eval": (config.EvalConfig, "medmax_fast.eval.run", "evaluate"),
+    "report": (config.ReportConfig, "medmax_fast.report", "report"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; every flag, its type, choices and default come from a dataclass field."""
+    parser = argparse.ArgumentParser(prog="medmax", description="MedMax: tokenize, train, generate, evaluate.")
+    parser.add_argument("--version", action="version", version=f"medmax_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (cls, _, _) in COMMANDS.items():
+        doc = cls.__doc__.strip()
+        command = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            _add_flag(command, field, hints[field.name])
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, field, kind) -> None:
+    text = field.metadata["help"].replace("%", "%%")
+    flag = "--" + field.name.replace("_", "-")
+    if kind is bool:
+        text += f" (default: {'on' if field.default else 'off'})"
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        return
+    options = {"help": text, "type": str if kind == tuple[str, ...] else _plain_type(kind)}
+    if field.metadata["choices"]:
+        options["choices"] = field.metadata["choices"]
+    if field.metadata.get("positional"):
+        nargs = {"nargs": "+"} if kind == tuple[str, ...] else {}
+        parser.add_argument(field.name, metavar=field.name.upper(), **options, **nargs)
+        return
+    if field.default is MISSING:
+        options["required"] = True
+    else:
+        options["default"] = field.default
+        if field.default not in ("", None):
+            options["help"] += f" (default: {field.default})"
+    parser.add_argument(flag, **options)
+
+
+def _plain_type(kind) -> type:
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def print_result(result: dict) -> None:
+    """The summary as `name  value` lines and small tables, then as one line of JSON."""
+    width = max((len(name) for name in result), default=0)
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print_table(value)
+        elif not isinstance(value, list | dict):
+            print(f"{name:<{width}}  {_cell(value)}")
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows of equal keys as aligned columns."""
+    names = list(rows[0])
+    cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parsed = vars(build_parser().parse_args(arguments))
+    name = parsed.pop("command")
+    cls, module, function = COMMANDS[name]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parsed.items()}
+    try:
+        result = getattr(import_module(module), function)(cls(**values))
+    except (InputError, VocabError) as error:
+        log(f"medmax {name}: {error}")
+        return 2
+    except TooManyRejected as over:
+        print_result(over.result)
+        log(f"medmax {name}: {over}")
+        return 3
+    except KeyboardInterrupt:
+        log(f"medmax {name}: interrupted; what was finished is kept, the same command continues")
+        return 130
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_result(result)
+    return 0
+
+
+def entry() -> None:
+    """Console-script entry point."""
+    sys.exit(main())

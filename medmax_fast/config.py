@@ -1,0 +1,211 @@
+"""One source of defaults: a frozen dataclass per command.
+
+Each field is a command-line flag (`max_length` -> `--max-length`), a keyword of the Python API, and a line of the
+settings written into every output folder. Fields without a default are required; `positional` ones have no dashes.
+"""
+
+from dataclasses import dataclass, field, fields
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def option(default, text: str, choices: tuple[str, ...] = ()):
+    """A flag with a default, its help text and, where it is one of a few words, the words."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def required(text: str, choices: tuple[str, ...] = (), positional: bool = False):
+    """A flag that must be given."""
+    return field(metadata={"help": text, "choices": choices, "positional": positional})
+
+
+def settings_of(config, *names: str) -> dict:
+    """The named fields of a config, for the settings file of an output folder."""
+    known = {f.name for f in fields(config)}
+    assert known.issuperset(names), set(names) - known
+    return {name: getattr(config, name) for name in names}
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Make a random checkpoint in the Chameleon layout."""
+
+    dir: str = required("folder to create", positional=True)
+    size: str = option("tiny", "model size", ("tiny", "7b"))
+    seed: int = option(0, "seed of the random weights")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say which accelerated paths are active, and what to install for those that are not."""
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Turn images into VQGAN codes."""
+
+    input: str = required("CSV, Parquet or JSONL with a column of paths, or a folder of images")
+    ckpt: str = required("checkpoint folder, in either layout")
+    output: str = required("folder for the code Parquet files")
+    image_key: str = option("", "column of image paths (default: img_path, else image_path)")
+    alpha: str = option("whiten", "transparent pixels: blend over white, or drop alpha", ("whiten", "drop"))
+    decoder: str = option("auto", "image decoder (auto is Pillow in this version)", ("auto", "pillow"))
+    precision: str = option("fp32", "arithmetic of the encoder", ("fp32", "tf32", "fp16", "bf16"))
+    batch_size: int = option(8, "images encoded at a time")
+    rows_per_shard: int = option(2048, "input rows per output file")
+    workers: int = option(0, "decoding threads (0: one per core)")
+    max_rejected: int = option(0, "more rejected images than this give exit status 3")
+    device: str = option("auto", "where the encoder runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Turn codes back into pictures."""
+
+    input: str = required("code Parquet file, or a folder of them")
+    ckpt: str = required("checkpoint folder with a VQGAN decoder")
+    output: str = required("folder for the PNG files")
+    batch_size: int = option(4, "pictures decoded at a time")
+    device: str = option("auto", "where the decoder runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Turn rows of text and images into a token store for training."""
+
+    input: str = required("rows as JSONL or Parquet: text, image_path, image_tokens, tokens, task, source")
+    ckpt: str = required("checkpoint folder (its tokenizer is used)")
+    output: str = required("store folder, or the JSONL file with --format jsonl")
+    codes: str = option("", "folder made by `medmax tokenize`, joined by image path")
+    format: str = option("store", "memory-mapped store, or JSONL with tokens", ("store", "jsonl"))
+    max_rejected: int | None = option(
+        None,
+        "rows that may be rejected before exit status 3; when given, malformed rows are rejected as well instead "
+        "of ending the run with status 2 (default: malformed rows end it, none may lack codes)",
+    )
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Describe a token store: counts, lengths, how well it packs."""
+
+    store: str = required("store folder", positional=True)
+    output: str = option("", "folder for histogram.png (default: the store itself)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a checkpoint on a token store with DeepSpeed."""
+
+    data: str = required("token store")
+    ckpt: str = required("base checkpoint, in either layout")
+    output: str = required("run folder")
+    full: bool = option(False, "train all weights instead of a LoRA adapter")
+    lora_rank: int = option(16, "LoRA rank")
+    lora_alpha: float = option(16.0, "LoRA alpha (scale = alpha / rank)")
+    lora_dropout: float = option(0.05, "LoRA dropout")
+    lora_targets: str = option(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "modules with an adapter, comma-separated"
+    )
+    epochs: int = option(3, "passes over the store")
+    max_steps: int = option(0, "stop after this many optimizer steps (0: all epochs)")
+    pack_length: int = option(4096, "ids per pack; a pack holds whole rows only")
+    max_length: int = option(4096, "rows with more ids are left out and reported")
+    packs_per_step: int = option(8, "packs per optimizer step over all ranks (the global batch)")
+    lr: float = option(1e-4, "peak learning rate")
+    warmup_ratio: float = option(0.1, "share of the steps with rising learning rate")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    clip: float = option(1.0, "gradient norm limit (0: none)")
+    seed: int = option(0, "seed of order, adapter and dropout")
+    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
+    zero: int = option(2, "DeepSpeed ZeRO stage, 0 to 3")
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    deepspeed_config: str = option("", "JSON file whose entries override the built DeepSpeed configuration")
+    save_every: int = option(0, "steps between resumable checkpoints (0: only at the end)")
+    log_every: int = option(1, "steps between lines of metrics.jsonl")
+    device: str = option("auto", "where to train", DEVICES)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge a LoRA adapter into its base checkpoint."""
+
+    ckpt: str = required("base checkpoint, in either layout")
+    adapter: str = required("adapter folder, or the run folder that holds it")
+    output: str = required("checkpoint folder to create, in the layout of the base")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a checkpoint to the other layout."""
+
+    input: str = required("checkpoint folder")
+    output: str = required("checkpoint folder to create")
+    to: str = required("layout to write", ("hf", "chameleon"))
+    average_qk_norm: bool = option(False, "average query/key norms that differ between heads (lossy)")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Summed cross-entropy of each row over its supervised ids, no id masked."""
+
+    ckpt: str = required("checkpoint folder")
+    input: str = required("JSONL or Parquet with `tokens`, or a token store")
+    output: str = required("JSONL file to write")
+    max_length: int = option(2048, "rows are cut to this many ids, as in the published training (cuts are counted)")
+    pack_length: int = option(4096, "ids scored at a time")
+    precision: str = option("fp32", "arithmetic", DTYPES)
+    device: str = option("auto", "where the model runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generate text, pictures or both."""
+
+    ckpt: str = required("checkpoint folder")
+    prompts: str = option("", "JSONL: id and content (or token_ids) per line")
+    output: str = option("", "folder for outputs.jsonl and the pictures (needed with --prompts)")
+    prompt: str = option("", "one prompt, answered on the terminal")
+    image: str = option("", "image put before --prompt")
+    mode: str = option("text", "what may be generated", ("text", "image", "any"))
+    eot: bool = option(True, "append the end-of-turn id to `content` prompts")
+    greedy: bool = option(False, "take the likeliest id instead of sampling")
+    temperature: float = option(1.0, "of text")
+    top_p: float = option(0.9, "of text")
+    repetition_penalty: float = option(1.2, "of text, over the whole sequence")
+    image_temperature: float = option(0.7, "of image ids")
+    image_top_p: float = option(0.9, "of image ids")
+    guidance_text: float = option(3.0, "weight of the full prompt against its images alone")
+    guidance_image: float = option(1.2, "weight of the prompt's images against no prompt")
+    max_new_tokens: int = option(1024, "text ids per stretch of text (starts afresh after an image)")
+    max_length: int = option(4096, "prompt and output together")
+    batch_size: int = option(16, "prompts generated at a time")
+    seed: int = option(0, "of sampling; each prompt draws from (seed, id) whatever else is in the batch")
+    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
+    device: str = option("auto", "where the model runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a model on the MedMax evaluation folder."""
+
+    data: str = required("folder with one Parquet (or JSONL) of questions beside images/")
+    output: str = required("folder for samples.jsonl and results.json")
+    ckpt: str = option("", "checkpoint folder (native backend)")
+    backend: str = option("native", "what answers", ("native",))
+    tasks: str = option("", "task ids such as vqa_rad_closed, comma-separated (default: all that the data holds)")
+    limit: int = option(0, "questions per task (0: all)")
+    protocol: str = option("medmax-v1", "scoring rules", ("medmax-v1", "strict"))
+    batch_size: int = option(16, "questions answered at a time")
+    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
+    device: str = option("auto", "where the model runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Render evaluation and training runs as Markdown and HTML, beside the published rows."""
+
+    runs: tuple[str, ...] = required("evaluation, training or store folders", positional=True)
+    output: str = required("folder for report.md and report.html")
+    title: str = option("medmax_fast report", "heading of the report")

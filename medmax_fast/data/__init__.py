@@ -1,0 +1,1 @@
+"""Rows, images and stores: everything between files and packed batches. Imports no model code."""

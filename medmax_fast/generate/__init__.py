@@ -1,0 +1,1 @@
+"""Generation of text, pictures and interleaved output."""

@@ -1,0 +1,197 @@
+"""What every command needs and no other package owns: errors, atomic files, output folders, devices, progress."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SETTINGS_FILE = "settings.json"
+
+
+class InputError(ValueError):
+    """Bad usage or bad input: one line that names the file, row or flag, what was found and what was expected.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+class TooManyRejected(Exception):
+    """The command finished, but more inputs were rejected than allowed (exit status 3); `result` is its summary."""
+
+    def __init__(self, result: dict, limit: int):
+        super().__init__(f"{result['rejected']} inputs rejected, --max-rejected allows {limit}")
+        self.result = result
+
+
+def log(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its results depend on, without importing any of it."""
+    names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "pillow", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+# ---- files ----
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write a file or folder at; it takes the final name only on success."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file; InputError if it is missing or malformed."""
+    try:
+        return json.loads(require_file(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def require_file(path: str | Path) -> Path:
+    """`path` as a Path; InputError if there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
+def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def open_output(folder: str | Path, command: str, settings: dict[str, Any]) -> Path:
+    """Create or reopen a command's output folder.
+
+    `settings` is what the output depends on. It is written to settings.json with the versions used; a folder that
+    was made with other settings, or that holds something else, is refused with an InputError naming the difference.
+    """
+    folder = Path(folder)
+    settings = json.loads(json.dumps(settings))
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        found = read_json(path)
+        before = {"command": found.get("command"), **found.get("settings", {})}
+        now = {"command": command, **settings}
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"{folder}: made with {name} = {before.get(name)!r}, now {now.get(name)!r}; "
+                    "choose another --output or the same settings"
+                )
+        return folder
+    require_new(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"command": command, "settings": settings, "versions": versions()})
+    return folder
+
+
+def require_new(folder: str | Path) -> None:
+    """InputError if `folder` is a file or holds anything (hidden leftovers of interrupted writes apart)."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder}: a file is in the way, expected a folder to create")
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(f"{folder}: not empty and not made by this command; choose another --output")
+
+
+# ---- processes and devices ----
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, world size) as torchrun and the deepspeed launcher set them; (0, 1) for a plain process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device(name: str):
+    """`auto`, `cpu` or `cuda` as a torch.device (the local rank's GPU); InputError if there is no GPU to use."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device cuda: torch sees no GPU; use --device cpu or run `medmax doctor`")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def pick_dtype(name: str, device):
+    """`auto`, `fp32`, `bf16` or `fp16` as a torch.dtype; auto is bf16 on a GPU and fp32 on a CPU."""
+    import torch
+
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---- progress ----
+
+
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+    """Iterate with a progress bar on a terminal, with a plain line every ten seconds in a log."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, label, total, console=Console(stderr=True), transient=True)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            of = f"/{total}" if total else ""
+            log(f"{label}: {done}{of}, {done / (last - start):.1f}/s")

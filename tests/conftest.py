@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests; Triton runs in its interpreter wherever there is no GPU."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Must be set before triton is first imported.
+if not _has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The reference's inputs and answers: the shared folder beside a checkout, or the copy in the tree."""
+    for folder in (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden"):
+        if (folder / "image_codes.json").exists():
+            return folder
+    pytest.fail("no golden data: expected tests/golden or ../shared/golden")
+
+
+@pytest.fixture()
+def golden_checkpoint(golden, tmp_path) -> Path:
+    """A writable copy of the golden checkpoint, for tests that damage it."""
+    target = tmp_path / "checkpoint"
+    shutil.copytree(golden / "checkpoint", target)
+    for path in target.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    target.chmod(0o755)
+    return target
