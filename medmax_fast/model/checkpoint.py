@@ -49,15 +49,15 @@ LAYER_KEYS = (
     Key("attention.wk.weight", "self_attn.k_proj.weight", "rotary", axis=0),
     Key("attention.wv.weight", "self_attn.v_proj.weight", axis=0),
     Key("attention.wo.weight", "self_attn.o_proj.weight", axis=1),
-    Key("attention.q_normalization.weight", "self_attn.q_norm.weight", "qk_norm"),
-    Key("attention.q_normalization.bias", "self_attn.q_norm.bias", "qk_norm"),
-    Key("attention.k_normalization.weight", "self_attn.k_norm.weight", "qk_norm"),
-    Key("attention.k_normalization.bias", "self_attn.k_norm.bias", "qk_norm"),
     Key("feed_forward.w1.weight", "mlp.gate_proj.weight", axis=0),
     Key("feed_forward.w3.weight", "mlp.up_proj.weight", axis=0),
     Key("feed_forward.w2.weight", "mlp.down_proj.weight", axis=1),
     Key("attention_norm.weight", "input_layernorm.weight"),
     Key("ffn_norm.weight", "post_attention_layernorm.weight"),
+    Key("attention.q_normalization.weight", "self_attn.q_norm.weight", "qk_norm"),
+    Key("attention.q_normalization.bias", "self_attn.q_norm.bias", "qk_norm"),
+    Key("attention.k_normalization.weight", "self_attn.k_norm.weight", "qk_norm"),
+    Key("attention.k_normalization.bias", "self_attn.k_norm.bias", "qk_norm"),
 )
 
 
@@ -150,6 +150,8 @@ class Checkpoint:
     shape: ModelShape
     vq_config: VQConfig
     tokenizer_path: Path
+    # The params.json that describes `shape`, as it came where there is one.
+    params: dict
 
     def names(self) -> Iterator[str]:
         """Hugging Face names of the language-model tensors, in the order of the table."""
@@ -191,6 +193,7 @@ class ChameleonCheckpoint(Checkpoint):
             raise InputError(f"{path}: {len(folders)} folders models/*/ with a params.json, expected one")
         self.model_path = folders[0]
         self.shape = _parse(self.model_path / "params.json", ModelShape.from_params)
+        self.params = read_json(self.model_path / "params.json")
         yaml_path = require_file(path / "tokenizer" / "vqgan.yaml")
         self.vq_config = _parse(yaml_path, VQConfig.from_yaml)
         self.tokenizer_path = path / "tokenizer" / "text_tokenizer_modified.json"
@@ -269,6 +272,9 @@ class HFCheckpoint(Checkpoint):
         self.shape = _parse(path / "config.json", ModelShape.from_hf)
         self.vq_config = _parse(path / "config.json", lambda c: VQConfig.from_hf(c["vq_config"]))
         self.tokenizer_path = require_file(path / "tokenizer.json")
+        self.params = self.shape.to_params()
+        if (path / "params.json").exists() and _parse(path / "params.json", ModelShape.from_params) == self.shape:
+            self.params = read_json(path / "params.json")
         index = path / "model.safetensors.index.json"
         if index.exists():
             self._files = {name: path / file for name, file in read_json(index)["weight_map"].items()}
@@ -318,7 +324,8 @@ def load_pickle(path: Path) -> dict:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: cannot be read as plain tensors ({reason}); load it where you trust it and torch.save its state dict"
+            f"{path}: cannot be read as plain tensors ({reason}); "
+            "if it is an old file, load it where you trust it and torch.save its state dict"
         ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected a dict of tensors")

@@ -28,7 +28,11 @@ class ImageTokenizer:
         self.device = torch.device(device)
         self.precision = precision
         self.sha256 = sha256
-        self.vqgan = vqgan.requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
+        self.vqgan = vqgan.requires_grad_(False).eval().to(self.device)
+        # The decoder runs channels last, which is about twice as fast on a CPU. The encoder must not: torch's
+        # channels-last GroupNorm is less precise there and changed 86 of the 21,504 golden codes.
+        if self.vqgan.decoder is not None:
+            self.vqgan.decoder.to(memory_format=torch.channels_last)
         self._values = torch.from_numpy(_PIXEL_VALUES).to(self.device)
 
     @classmethod
@@ -46,10 +50,9 @@ class ImageTokenizer:
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int64 [N, 1024] of preprocessed pixels uint8 [N, 512, 512, 3]."""
         assert pixels.dtype == np.uint8 and pixels.ndim == 4, (pixels.dtype, pixels.shape)
-        # Indexing the table keeps the channels last in memory, the layout in which convolutions are fastest.
-        x_BHWC = self._values[torch.from_numpy(pixels).to(self.device).int()]
+        x_BCHW = self._values[torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).int()].contiguous()
         with torch.inference_mode(), self._arithmetic():
-            return self.vqgan.encode(x_BHWC.permute(0, 3, 1, 2)).cpu().numpy()
+            return self.vqgan.encode(x_BCHW).cpu().numpy()
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Pixels uint8 [N, 512, 512, 3] of codes [N, 1024]; InputError without a decoder or for a bad code."""

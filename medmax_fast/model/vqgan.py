@@ -251,11 +251,12 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQConfig, decoder: bool = True):
         super().__init__()
         self.config = config
+        # In the order of the published files, so that a rewritten vqgan.ckpt has the same bytes.
         self.encoder = Encoder(config)
+        self.decoder = Decoder(config) if decoder else None
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels * (2 if config.double_z else 1), config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config) if decoder else None
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Codes int64 [B, 1024] of pixels float [B, 3, 512, 512] in -1..1."""
