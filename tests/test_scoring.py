@@ -1,0 +1,147 @@
+"""Hand-computed scoring cases for every quirk of medmax-v1, and what strict makes of the same outputs."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medmax_fast.eval import published
+from medmax_fast.eval.scoring import parse_letter, parse_yes_no, plain_mean, score, standard_error, task_result, wilson
+from medmax_fast.runtime import InputError
+
+# gold, output, right under medmax-v1, right under strict, strictly parsed answer
+YES_NO = [
+    ("yes", "yes", True, True, "yes"),
+    ("no", "no", True, True, "no"),
+    ("yes", " Yes", True, True, "yes"),
+    ("no", "No.", True, True, "no"),
+    ("yes", "no", False, False, "no"),
+    # A word that holds the other word: "no" in normal, unknown, not, nodule.
+    ("no", "normal", True, False, None),
+    ("no", "unknown", True, False, None),
+    ("no", "cannot tell", True, False, None),
+    ("yes", "yes, a nodule", False, True, "yes"),
+    ("yes", "yes, it is not normal", False, True, "yes"),
+    # "yes" inside "eyes".
+    ("yes", "the eyes", True, False, None),
+    ("no", "no eyes", False, True, "no"),
+    # Both words, neither word, nothing.
+    ("yes", "yes or no", False, False, None),
+    ("no", "yes or no", False, False, None),
+    ("yes", "maybe", False, False, None),
+    ("yes", "", False, False, None),
+    # A gold answer in another case is never matched by the published comparison.
+    ("Yes", "yes", False, True, "yes"),
+    ("no ", "no", False, True, "no"),
+    # Underscores and digits continue a word; punctuation does not.
+    ("no", "no-one", True, True, "no"),
+    ("no", "no_1", True, False, None),
+]
+
+LETTER = [
+    ("A", "A", True, True, "A"),
+    ("B", " B\n", True, True, "B"),
+    ("C", "A", False, False, "A"),
+    # Lower case counts as published, but a bare "a" is as likely an article.
+    ("A", "a", True, False, None),
+    # Anything around the letter makes it wrong as published.
+    ("B", "B.", False, True, "B"),
+    ("B", "(B)", False, True, "B"),
+    ("B", "B) pneumonia", False, True, "B"),
+    ("B", "B: pneumonia", False, True, "B"),
+    ("B", "The answer is B", False, False, None),
+    ("A", "A patient", False, False, None),
+    ("A", "AB", False, False, None),
+    ("A", "A.5", False, False, None),
+    ("D", "E", False, False, None),
+    ("D", "", False, False, None),
+    ("b", "B", False, True, "B"),
+    (" B", "B", False, True, "B"),
+]
+
+
+@pytest.mark.parametrize("kind, cases", [("yes_no", YES_NO), ("letter", LETTER)])
+def test_hand_computed_cases(kind, cases):
+    for gold, output, v1, strict, parsed in cases:
+        assert score(kind, gold, output) == {"medmax-v1": v1, "strict": strict, "parsed": parsed}, (gold, output)
+
+
+@given(st.text(), st.sampled_from(["yes", "no"]))
+def test_strict_yes_no_is_exactly_one_whole_word(output, gold):
+    import re
+
+    words = set(re.findall(r"\w+", output.lower())) & {"yes", "no"}
+    assert parse_yes_no(output) == (words.pop() if len(words) == 1 else None)
+    # Never right both ways.
+    other = "no" if gold == "yes" else "yes"
+    assert not (score("yes_no", gold, output)["medmax-v1"] and score("yes_no", other, output)["medmax-v1"])
+
+
+@given(st.text(alphabet="ABCDEabcd().: \n", max_size=6))
+def test_a_strict_letter_is_a_published_one_after_removing_marks(output):
+    letter = parse_letter(output)
+    if letter:
+        assert output.strip().lstrip("(")[0] == letter
+    if output.strip() in ("A", "B", "C", "D"):
+        assert letter == output.strip()
+
+
+def test_standard_error_is_that_of_numpy():
+    for scores in ([1, 0], [1, 1, 0, 1, 0], [0, 0, 0], [1] * 7, [1] + [0] * 99):
+        expected = np.std(scores, ddof=1) / np.sqrt(len(scores))
+        assert standard_error(sum(scores), len(scores)) == pytest.approx(expected, abs=1e-15)
+    assert standard_error(1, 1) is None
+
+
+def test_wilson_interval_by_hand():
+    # 8 of 10: centre (0.8 + 1.9207/10) / (1 + 3.8415/10), half width 1.96 sqrt(0.016 + 0.0096) / 1.38415.
+    assert wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-6)
+    assert wilson(0, 10) == pytest.approx([0.0, 0.277533], abs=1e-6)
+    assert wilson(10, 10)[1] == 1.0
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_holds_the_share_and_stays_inside(n, data):
+    correct = data.draw(st.integers(0, n))
+    low, high = wilson(correct, n)
+    assert 0 <= low <= correct / n <= high <= 1 and low < high
+
+
+def test_wilson_covers_about_95_percent():
+    rng = np.random.default_rng(0)
+    for share, n in ((0.5, 30), (0.9, 60), (0.2, 100)):
+        draws = rng.binomial(n, share, 4000)
+        low, high = np.array([wilson(int(k), n) for k in draws]).T
+        assert 0.93 < np.mean((low <= share) & (share <= high)) < 0.98
+
+
+def _sample(gold, output, error=None):
+    verdict = score("yes_no", gold, output)
+    correct = {name: verdict[name] and error is None for name in ("medmax-v1", "strict")}
+    return {"correct": correct, "parsed": verdict["parsed"], "error": error}
+
+
+def test_task_result_counts_everything():
+    samples = [_sample("no", "normal"), _sample("yes", "yes"), _sample("no", "maybe"), _sample("yes", "", "no image")]
+    published_way, strict = task_result(samples, "medmax-v1"), task_result(samples, "strict")
+    assert published_way["accuracy"] == 0.5 and strict["accuracy"] == 0.25
+    assert published_way["by_protocol"] == strict["by_protocol"] == {"medmax-v1": 0.5, "strict": 0.25}
+    # "normal" and "maybe" are unparsed; the failed one is counted apart; all four stay in the denominator.
+    assert (strict["n"], strict["unparsed"], strict["failed"], strict["correct"]) == (4, 2, 1, 1)
+    assert published_way["stderr"] == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert strict["ci95"] == wilson(1, 4)
+    with pytest.raises(InputError, match="--protocol loose"):
+        task_result(samples, "loose")
+
+
+def test_published_rows_average_to_the_printed_average():
+    assert len(published.PUBLISHED) == 6
+    for model, row in published.PUBLISHED.items():
+        assert tuple(row["tasks"]) == published.TASK_IDS
+        mean = plain_mean(list(row["tasks"].values()))
+        if model == "LLaVA-Med-v1.5-7B":
+            assert round(mean, 1) == 36.9 and row["average"] == 36.6
+        else:
+            assert abs(mean - row["average"]) < 0.06, model
