@@ -31,6 +31,12 @@ int64_t row_length(const RowBuffer<Id>& store, int64_t row, int64_t max_length) 
     return max_length > 0 ? std::min(end - begin, max_length) : end - begin;
 }
 
+// Cores of the machine; asked once, because the answer costs more than a small pack.
+int64_t cores() {
+    static const int64_t count = std::max(1u, std::thread::hardware_concurrency());
+    return count;
+}
+
 // Number of leading labels to ignore. Blocks are tested as a whole first, which the compiler turns into vector code.
 template <typename Id>
 int64_t ignored_labels(const Id* ids, int64_t length, int64_t eot) {
@@ -57,7 +63,7 @@ void in_shares(size_t count, int threads, const Before& before, const Work& work
     const int64_t total = before(count);
     int64_t shares = threads;
     if (threads <= 0) {
-        shares = std::min<int64_t>(std::max(1u, std::thread::hardware_concurrency()), 1 + total / kIdsPerThread);
+        shares = std::min<int64_t>(cores(), 1 + total / kIdsPerThread);
     }
     shares = std::clamp<int64_t>(shares, 1, std::max<int64_t>(1, static_cast<int64_t>(count)));
     std::vector<std::thread> others;
