@@ -1,7 +1,7 @@
 """Timing and printing shared by the benchmarks: percentiles, a table for people, JSON for programs.
 
-Run a benchmark from the root as `PYTHONPATH=. python -m benchmarks.bench_packing`. Each one first compares what it times
-with its reference: no speed without correctness.
+Run a benchmark from the root as `PYTHONPATH=. python -m benchmarks.bench_packing`. Each one first compares what it
+times with its reference: no speed without correctness.
 """
 
 import argparse
