@@ -160,6 +160,13 @@ class TextTokenizer:
         self.layout = IdLayout.from_file(path)
         self._tokenizer = Tokenizer.from_file(str(path))
         self._placeholder_name = self._tokenizer.id_to_token(self.layout.placeholder)
+        # The reference takes every name that begins with "<" (but "<" itself) for a special token and never
+        # generates it, ordinary text such as "</" included; kept, so that generation agrees with it id for id.
+        self.unwritable = sorted(
+            i
+            for name, i in self._tokenizer.get_vocab().items()
+            if name.startswith("<") and name != "<" and i >= self.layout.text_start
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos and eos; `<image>` becomes the placeholder id."""

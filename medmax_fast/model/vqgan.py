@@ -251,7 +251,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQConfig, decoder: bool = True):
         super().__init__()
         self.config = config
-        # In the order of the published files, so that a rewritten vqgan.ckpt has the same bytes.
+        # In the order of the published files, which a rewritten vqgan.ckpt keeps.
         self.encoder = Encoder(config)
         self.decoder = Decoder(config) if decoder else None
         self.quantize = Quantizer(config)
