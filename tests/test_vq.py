@@ -1,0 +1,212 @@
+"""Nearest code: the torch reference against float64 arithmetic, the Triton kernel against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medmax_fast.kernels import vq
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Rows, codes, channels: around the block sizes, odd, tiny, and channels that are no power of two.
+SHAPES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 32), (70, 300, 48), (127, 1, 3), (130, 257, 256)]
+
+
+def latents(N, K, D, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, D, generator=generator)
+    e = torch.randn(K, D, generator=generator) * spread
+    return z.to(DEVICE), e.to(DEVICE)
+
+
+def distances(z, e):
+    """Squared distances in float64 by differences, a formula that shares nothing with the one under test."""
+    return (z.double()[:, None] - e.double()[None]).pow(2).sum(-1)
+
+
+def assert_nearest(codes, z, e):
+    """Every code is the float64 argmin, except where the chosen one is as near to within fp32 rounding."""
+    assert codes.dtype == torch.int64 and codes.shape == z.shape[:1]
+    assert codes.min() >= 0 and codes.max() < len(e)
+    exact = distances(z, e)
+    chosen = exact.gather(1, codes[:, None])[:, 0]
+    scale = z.double().pow(2).sum(1) + e.double().pow(2).sum(1).max()
+    assert (chosen - exact.min(1).values <= 1e-5 * scale).all()
+    assert (codes != exact.argmin(1)).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(shape, impl):
+    z, e = latents(*shape)
+    assert_nearest(vq.nearest_code(z, e, impl=impl), z, e)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 280), st.integers(1, 40), st.integers(0, 9999))
+def test_paths_agree_on_integers_exactly(N, K, D, seed):
+    # Small integers are exact in fp32 in any order of summation and full of ties: all paths must agree bit for bit.
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randint(-2, 3, (N, D), generator=generator).float().to(DEVICE)
+    e = torch.randint(-2, 3, (K, D), generator=generator).float().to(DEVICE)
+    expected = distances(z, e)
+    first = (expected == expected.min(1, keepdim=True).values).int().argmax(1)
+    assert torch.equal(vq.nearest_code(z, e, impl="torch"), first)
+    assert torch.equal(vq.nearest_code(z, e, impl="triton"), first)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_ties_go_to_the_lowest_index(impl):
+    # The same codebook three times over: copies in the same block and in later blocks must never be chosen. On a
+    # grid of 1/16 sums are exact; else a BLAS that adds up two equal columns in different orders breaks the tie.
+    z, e = ((x * 16).round() / 16 for x in latents(50, 90, 16))
+    once = vq.nearest_code(z, e, impl=impl)
+    assert once.unique().numel() > 10
+    assert torch.equal(vq.nearest_code(z, e.repeat(3, 1), impl=impl), once)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_latent_equal_to_a_code_finds_it(impl):
+    _, e = latents(1, 300, 48, spread=3.0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert torch.equal(vq.nearest_code(e[order], e, impl=impl), order)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_strides(impl):
+    z, e = latents(70, 150, 48)
+    expected = vq.nearest_code(z, e, impl=impl)
+    wide = torch.full((140, 96), float("nan"), device=DEVICE)
+    wide[::2, ::2] = z
+    transposed = e.t().contiguous().t()
+    assert not transposed.is_contiguous() and not wide[::2, ::2].is_contiguous()
+    assert torch.equal(vq.nearest_code(wide[::2, ::2], transposed, impl=impl), expected)
+    # A channels-first feature map, as the encoder gives it.
+    assert torch.equal(vq.nearest_code(z.t().contiguous().t(), e, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_are_widened(dtype, impl):
+    z, e = latents(40, 130, 32)
+    z, e = z.to(dtype), e.to(dtype)
+    assert torch.equal(vq.nearest_code(z, e, impl=impl), vq.nearest_code(z.float(), e.float(), impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_offset_makes_ids(impl):
+    z, e = latents(33, 140, 32)
+    codes = vq.nearest_code(z, e, impl=impl)
+    assert torch.equal(vq.nearest_code(z, e, id_offset=4, impl=impl), codes + 4)
+    assert torch.equal(vq.nearest_code(z, e, id_offset=70000, impl=impl), codes + 70000)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_non_finite_values(impl):
+    z, e = latents(20, 200, 16)
+    clean = vq.nearest_code(z, e, impl=impl)
+    z[3, 5] = float("nan")
+    z[7, :] = float("inf")
+    codes = vq.nearest_code(z, e, impl=impl)
+    others = torch.tensor([i not in (3, 7) for i in range(20)], device=DEVICE)
+    assert codes[3] == 0 and 0 <= codes[7] < 200
+    assert torch.equal(codes[others], clean[others])
+    e[150, 0] = float("nan")
+    e[170, 0] = float("nan")
+    codes = vq.nearest_code(z, e, impl=impl)
+    assert (codes[others] == 150).all() and codes[3] == 0
+
+
+def test_block_sizes_change_nothing_but_near_ties(monkeypatch):
+    z, e = latents(80, 300, 48)
+    results = []
+    for blocks in [(16, 64, 16), (64, 128, 16), (32, 256, 32)]:
+        for name, value in zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), blocks, strict=True):
+            monkeypatch.setattr(vq, name, value)
+        results.append(vq.nearest_code(z, e, impl="triton"))
+    two = distances(z, e).topk(2, largest=False).values
+    apart = two[:, 1] - two[:, 0] > 1e-4 * two[:, 0]
+    assert apart.sum() > 70
+    assert all(torch.equal(result[apart], results[0][apart]) for result in results)
+
+
+def test_reference_works_in_row_blocks(monkeypatch):
+    z, e = latents(101, 77, 16)
+    whole = vq.nearest_code_ref(z, e)
+    shapes = []
+    argmin = torch.Tensor.argmin
+    monkeypatch.setattr(torch.Tensor, "argmin", lambda self, dim: shapes.append(tuple(self.shape)) or argmin(self, dim))
+    monkeypatch.setattr(vq, "REF_ELEMENTS", 77 * 10)
+    assert torch.equal(vq.nearest_code_ref(z, e), whole)
+    assert shapes == [(10, 77)] * 10 + [(1, 77)]
+
+
+def test_neither_autocast_nor_gradients_reach_it():
+    z, e = latents(200, 500, 64)
+    expected = vq.nearest_code(z, e)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        # The guard: in bfloat16 the distances would decide otherwise.
+        rough = (z.pow(2).sum(1, keepdim=True) + e.pow(2).sum(1) - 2 * (z @ e.t())).argmin(1)
+        assert torch.equal(vq.nearest_code(z, e), expected)
+    assert not torch.equal(rough, expected)
+    assert torch.equal(vq.nearest_code(z.requires_grad_(), e), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+def test_no_latents(impl):
+    codes = vq.nearest_code(torch.empty(0, 8, device=DEVICE), torch.ones(3, 8, device=DEVICE), impl=impl)
+    assert codes.shape == (0,) and codes.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("z", "e", "impl", "message"),
+    [
+        (torch.ones(3, 4), torch.ones(5, 6), "auto", r"\[3, 4\] and codebook \[5, 6\]"),
+        (torch.ones(3, 4, 1), torch.ones(5, 4), "auto", r"expected \[N, D\]"),
+        (torch.ones(3, 4), torch.ones(0, 4), "auto", "at least one code"),
+        (torch.ones(3, 4).double(), torch.ones(5, 4), "auto", "float64"),
+        (torch.ones(3, 4), torch.ones(5, 4).long(), "auto", "int64"),
+        (torch.ones(3, 4), torch.ones(5, 4, device="meta"), "auto", "expected one device"),
+        (torch.ones(3, 4), torch.ones(5, 4), "cuda", "impl 'cuda'"),
+    ],
+)
+def test_bad_arguments(z, e, impl, message):
+    with pytest.raises(ValueError, match=message):
+        vq.nearest_code(z, e, impl=impl)
+
+
+WITHOUT_GPU = """
+import sys
+if {hide_triton}:
+    sys.modules["triton"] = None
+import torch
+from medmax_fast.kernels import remap, vq
+z, e = torch.eye(3), torch.eye(3)
+assert vq.nearest_code(z, e).tolist() == [0, 1, 2]
+assert remap.codes_to_ids(torch.tensor([7]), 4).tolist() == [11]
+calls = (lambda: vq.nearest_code(z, e, impl="triton"), lambda: remap.codes_to_ids(torch.tensor([7]), 4, impl="triton"))
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("hide_triton", "message"), [(True, "triton is not installed"), (False, "expected a GPU")])
+def test_without_triton_or_gpu(hide_triton, message, monkeypatch, request):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_GPU.format(hide_triton=hide_triton)],
+        capture_output=True,
+        text=True,
+        cwd=request.config.rootpath,
+        env={**os.environ, "PYTHONPATH": str(request.config.rootpath), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(message) == 2
