@@ -1,0 +1,151 @@
+"""One function per figure; each takes plain data, writes a PNG and returns its path.
+
+matplotlib's figure objects are used without pyplot, so no display and no global state is needed. Series differ in
+colour (the Okabe-Ito palette, safe for the colour-blind), in lightness and in line style, marker or hatch, so that
+every figure can be read in greyscale. Files are written atomically.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medmax_fast.runtime import atomic_path
+
+DARK, MIDDLE, LIGHT, GREY = "#0B4F7D", "#D55E00", "#E9B44C", "#6B6B6B"
+SERIES = ((DARK, "-", "o", ""), (MIDDLE, "--", "s", "//"), (LIGHT, "-.", "^", ".."), (GREY, ":", "D", "xx"))
+GRID = "#DDDDDD"
+DPI = 130
+
+
+def loss_curve(metrics: Sequence[Mapping], path: str | Path) -> Path:
+    """Training loss over optimizer steps, text and image targets apart.
+
+    metrics: rows of metrics.jsonl with `step` and `loss`, `text_loss`, `image_loss` in nats per supervised id, each
+    of which may be absent or None where a step had no such target.
+    """
+    figure, ((axes,),) = _figure(7.2, 3.6)
+    named = {"loss": "all targets", "text_loss": "text targets", "image_loss": "image targets"}
+    for (name, label), (color, style, marker, _) in zip(named.items(), SERIES, strict=False):
+        points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            every = max(1, len(steps) // 12)
+            axes.plot(steps, values, color=color, linestyle=style, marker=marker, markevery=every, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised id)")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return _save(figure, path)
+
+
+def length_histogram(counts: Sequence[int], edges: Sequence[float], path: str | Path, note: str = "") -> Path:
+    """Number of rows by length: counts [B] between edges [B+1] in ids."""
+    counts, edges = np.asarray(counts), np.asarray(edges, dtype=float)
+    assert len(edges) == len(counts) + 1
+    figure, ((axes,),) = _figure(7.2, 3.2)
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=DARK, edgecolor="white", linewidth=0.5)
+    axes.set(xlabel="row length (ids)", ylabel="rows", title=note)
+    return _save(figure, path)
+
+
+def packing_fill(fill: Mapping[int, float], path: str | Path, padded: Mapping[int, float] | None = None) -> Path:
+    """Share of each pack that holds rows, by pack length in ids; shares as fractions 0..1.
+
+    padded: the share of a padded batch that holds rows, by batch size, for comparison.
+    """
+    figure, ((axes,),) = _figure(7.2, 3.2)
+    names = [f"packs of {length:,}" for length in fill] + [f"padded, batch {size}" for size in padded or {}]
+    values = [100 * value for value in [*fill.values(), *(padded or {}).values()]]
+    for i, value in enumerate(values):
+        color, _, _, hatch = SERIES[0] if i < len(fill) else SERIES[2]
+        axes.barh(i, value, color=color, hatch=hatch, edgecolor="white")
+        axes.text(min(value, 100) + 1, i, f"{value:.1f} %", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.grid(axis="x", color=GRID)
+    axes.set(xlabel="share of positions that hold a row (%)", xlim=(0, 112))
+    axes.set_xticks(range(0, 101, 20))
+    return _save(figure, path)
+
+
+def evaluation_bars(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, published=None) -> Path:
+    """Accuracy per task with 95 % intervals, the runs side by side.
+
+    runs: run name -> task id -> (accuracy, low, high) as fractions. published: {"name": str, "tasks": task id ->
+    percent}, drawn as open diamonds since it was not measured by us.
+    """
+    tasks = list(dict.fromkeys(task for values in runs.values() for task in values))
+    figure, ((axes,),) = _figure(max(5.0, 1.6 + 0.32 * len(tasks) * (1 + len(runs))), 3.8)
+    width = 0.8 / len(runs)
+    for i, (name, values) in enumerate(runs.items()):
+        color, _, _, hatch = SERIES[i % len(SERIES)]
+        own = [(k, 100 * np.array(values[task])) for k, task in enumerate(tasks) if task in values]
+        places = np.array([k for k, _ in own]) - 0.4 + (i + 0.5) * width
+        means, lows, highs = np.array([value for _, value in own]).T
+        axes.bar(places, means, width, color=color, hatch=hatch, edgecolor="white", label=name)
+        axes.errorbar(places, means, [means - lows, highs - means], fmt="none", ecolor="black", capsize=3, lw=1)
+    theirs = published["tasks"] if published else {}
+    known = [(k, theirs[task]) for k, task in enumerate(tasks) if task in theirs]
+    if known:
+        label = f"{published['name']} (published)"
+        axes.plot(*zip(*known, strict=True), "D", mfc="white", mec="black", ms=7, label=label)
+    names = [task.rpartition("_")[0] + "\n" + task.rpartition("_")[2] for task in tasks]
+    axes.set_xticks(range(len(tasks)), names, fontsize=9)
+    axes.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 103), xlim=(-0.6, len(tasks) - 0.4))
+    _legend(axes, above=True)
+    return _save(figure, path)
+
+
+def picture_grid(rows: Sequence[Sequence], columns: Sequence[str], path: str | Path, names: Sequence[str] = ()) -> Path:
+    """A grid of pictures, for originals beside reconstructions or drawings before and after training.
+
+    rows: one sequence of uint8 pictures [H, W, 3] or [H, W] per row, None where there is none; columns: one heading
+    per column; names: one label per row.
+    """
+    assert all(len(row) == len(columns) for row in rows)
+    figure, grid = _figure(2.0 * len(columns) + 0.3, 2.0 * len(rows) + 0.3, len(rows), len(columns))
+    for i, row in enumerate(rows):
+        for k, picture in enumerate(row):
+            axes = grid[i, k]
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if picture is not None:
+                axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255)
+            if i == 0:
+                axes.set_title(columns[k], fontsize=10)
+            if k == 0 and names:
+                axes.set_ylabel(names[i], fontsize=9)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def _legend(axes, above: bool = False) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if above:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, fontsize=9, borderaxespad=0)
+    else:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _save(figure, path: str | Path) -> Path:
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path

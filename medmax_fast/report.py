@@ -1,0 +1,244 @@
+"""`medmax report` and `medmax inspect`: runs of any kind as one Markdown file and one self-contained HTML page.
+
+The report is written once, as Markdown (report.md with its pictures under figures/); report.html is made from it.
+Runs of one kind share a section, so that two evaluations of the same questions stand side by side. A run folder is
+recognised by its files; whatever cannot be read is an InputError before anything is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmax_fast import __version__, figures
+from medmax_fast.config import InspectConfig, ReportConfig
+from medmax_fast.data.rows import read_rows
+from medmax_fast.eval.report import evaluation_section
+from medmax_fast.page import html_page, plain, table
+from medmax_fast.pictures import Pictures
+from medmax_fast.runtime import InputError, atomic_path, open_output, read_json, remove
+
+# kind -> the files by which a folder of it is recognised; the order is that of the sections.
+KINDS = {
+    "notes": ("notes.md",),
+    "evaluation": ("results.json", "samples.jsonl"),
+    "generation": ("outputs.jsonl",),
+    "training": ("metrics.jsonl",),
+    "store": ("manifest.json", "ids.bin"),
+}
+# Prompts shown per report; all of them stay in outputs.jsonl.
+SHOWN_PROMPTS = 40
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one kind: a name that is unique in the report, its folder, and what its files hold."""
+
+    name: str
+    kind: str
+    path: Path
+    data: object
+
+
+def report(config: ReportConfig) -> dict:
+    """Render run folders (or Markdown files, shown as they are) into report.md and report.html."""
+    runs = load_runs(config.runs)
+    settings = {"runs": [str(Path(path).resolve()) for path in config.runs], "title": config.title}
+    folder = open_output(config.output, "report", settings)
+    with atomic_path(folder / "figures") as temporary:
+        pictures = Pictures(temporary, "figures")
+        text = "\n\n".join([f"# {plain(config.title)}", *_sections(runs, pictures), _footer()]) + "\n"
+        remove(folder / "figures")
+    page = html_page(config.title, text, folder)
+    for name, content in (("report.md", text), ("report.html", page)):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return {
+        "output": str(folder),
+        "report": str(folder / "report.html"),
+        "runs": [{"run": run.name, "kind": run.kind, "folder": str(run.path)} for run in runs],
+    }
+
+
+def inspect_store(config: InspectConfig) -> dict:
+    """Counts, lengths and packing of a token store; draws histogram.png into `output` or the store itself."""
+    from medmax_fast.data.store import TokenStore
+    from medmax_fast.data.summary import store_summary
+
+    summary = store_summary(TokenStore(config.store))
+    path = Path(config.output or config.store) / "histogram.png"
+    _histogram(summary, path)
+    return {"store": config.store, **summary, "histogram": str(path)}
+
+
+def load_runs(paths: tuple[str, ...]) -> list[Run]:
+    """Read every run named on the command line; a folder that holds several kinds counts as several runs."""
+    found = []
+    for given in paths:
+        path = Path(given)
+        if path.is_file() and path.suffix == ".md":
+            found.append(("notes", path.parent, path))
+            continue
+        kinds = [kind for kind, files in KINDS.items() if all((path / name).is_file() for name in files)]
+        if not kinds:
+            expected = "; ".join(f"{' and '.join(files)} ({kind})" for kind, files in KINDS.items())
+            raise InputError(f"{given}: no run to report, expected a folder with {expected}")
+        found += [(kind, path, path / KINDS[kind][0]) for kind in kinds]
+    names = _names([(kind, path) for kind, path, _ in found])
+    return [
+        Run(name, kind, path, _read(kind, path, file)) for name, (kind, path, file) in zip(names, found, strict=True)
+    ]
+
+
+def _names(runs: list[tuple[str, Path]]) -> list[str]:
+    """Folder names, with the parent's name or a number in front where two runs of a kind share one."""
+    short = [(kind, path.resolve().name) for kind, path in runs]
+    long = [(kind, f"{path.resolve().parent.name}/{path.resolve().name}") for kind, path in runs]
+    names = []
+    for i, key in enumerate(short):
+        name = key if short.count(key) == 1 else long[i]
+        names.append(name[1] if long.count(long[i]) == 1 else f"{i + 1}: {name[1]}")
+    return names
+
+
+def _read(kind: str, path: Path, file: Path):
+    if kind == "notes":
+        return file.read_text(encoding="utf-8")
+    if kind == "store":
+        from medmax_fast.data.store import TokenStore
+        from medmax_fast.data.summary import store_summary
+
+        return store_summary(TokenStore(path))
+    if kind == "evaluation":
+        results, samples = read_json(file), _jsonl(path / "samples.jsonl")
+        if not isinstance(results, dict) or not results.get("tasks"):
+            raise InputError(f"{file}: no tasks in it, expected the results of `medmax eval`")
+        return results, samples
+    rows = _jsonl(file)
+    needed = {"training": "step", "generation": "id"}[kind]
+    for number, row in enumerate(rows, 1):
+        if needed not in row:
+            raise InputError(f"{file}: line {number}: no {needed!r}, expected a line of a {kind} run")
+    if not rows:
+        raise InputError(f"{file}: empty, expected one JSON object per line")
+    return rows
+
+
+def _jsonl(path: Path) -> list[dict]:
+    return [row for _, row in read_rows(path)]
+
+
+def _sections(runs: list[Run], pictures: Pictures) -> Iterator[str]:
+    for kind in KINDS:
+        group = [run for run in runs if run.kind == kind]
+        if not group:
+            continue
+        if kind == "notes":
+            yield from (_notes(run, pictures) for run in group)
+        elif kind == "evaluation":
+            yield evaluation_section({run.name: run.data for run in group}, pictures)
+        elif kind == "generation":
+            yield _generation(group, pictures)
+        elif kind == "training":
+            yield "## Training"
+            yield from (_training(run, pictures) for run in group)
+        else:
+            yield "## Data"
+            yield from (_store(run, pictures) for run in group)
+
+
+def _notes(run: Run, pictures: Pictures) -> str:
+    """A Markdown text with its pictures copied into the report."""
+    return pictures.adopt(run.data, run.path)
+
+
+def _training(run: Run, pictures: Pictures) -> str:
+    rows = run.data
+    figure = pictures.draw(f"Loss of {run.name}", figures.loss_curve, rows)
+    shown = []
+    for label, row in (("first", rows[0]), ("last", rows[-1])):
+        cells = {name: row.get(name) for name in ("step", "loss", "text_loss", "image_loss", "lr", "grad_norm")}
+        shown.append({"": label, **{name: "-" if cell is None else f"{cell:.4g}" for name, cell in cells.items()}})
+    tokens, seconds = (sum(row.get(name) or 0 for row in rows) for name in ("tokens", "seconds"))
+    speed = f", {tokens / seconds:,.0f} ids/s" if seconds else ""
+    total = f"{len(rows):,} logged steps, {tokens:,} ids, {seconds:,.1f} s{speed}."
+    return "\n\n".join([f"### {plain(run.name)}", figure, table(shown), total])
+
+
+def _store(run: Run, pictures: Pictures) -> str:
+    summary = run.data
+    parts = [f"### {plain(run.name)}"]
+    counted = ("rows", "ids", "supervised", "images", "longest", "mean_length", "rows_without_eot", "rows_unbalanced")
+    parts.append(table([{name: f"{summary[name]:,.6g}" for name in counted}]))
+    for name in ("tasks", "sources"):
+        if summary[name]:
+            parts.append(
+                table(
+                    [
+                        {key: plain(value) if isinstance(value, str) else f"{value:,}" for key, value in row.items()}
+                        for row in summary[name]
+                    ]
+                )
+            )
+    parts.append(pictures.draw(f"Row lengths of {run.name}", lambda path: _histogram(summary, path)))
+    fill = {row["capacity"]: row["fill"] for row in summary["packing"]}
+    parts.append(pictures.draw(f"Packing of {run.name}", lambda path: figures.packing_fill(fill, path)))
+    return "\n\n".join(parts)
+
+
+def _histogram(summary: dict, path: Path) -> Path:
+    note = f"{summary['rows']:,} rows, mean {summary['mean_length']:,.0f}, longest {summary['longest']:,} ids"
+    return figures.length_histogram(summary["lengths"]["rows"], summary["lengths"]["edges"], path, note)
+
+
+def _generation(runs: list[Run], pictures: Pictures) -> str:
+    """Prompts with what each run made of them, side by side; `reference` of a prompt line is shown as well."""
+    prompts, outputs = {}, {}
+    for run in runs:
+        prompts.update(_prompts(run.path))
+        outputs[run.name] = {str(row["id"]): row for row in run.data}
+    ids = list(dict.fromkeys(name for rows in outputs.values() for name in rows))
+    lines = []
+    for name in ids[:SHOWN_PROMPTS]:
+        prompt, folder = prompts.get(name, ({}, Path()))
+        line = {"id": plain(name), "prompt": _content(prompt.get("content") or [], folder, pictures)}
+        if any("reference" in prompts.get(other, ({},))[0] for other in ids):
+            line["reference"] = _picture(prompt["reference"], folder, pictures) if "reference" in prompt else ""
+        for run in runs:
+            line[f"{run.name}: output"] = _output(outputs[run.name].get(name), run.path, pictures)
+        lines.append(line)
+    left_out = f"\n\n{len(ids) - len(lines):,} more prompts are in outputs.jsonl." if len(ids) > len(lines) else ""
+    return "## Generation\n\n" + table(lines) + left_out
+
+
+def _prompts(folder: Path) -> dict[str, tuple[dict, Path]]:
+    """Prompt lines by id with the folder that their paths are relative to; none where the file has gone."""
+    settings = folder / "settings.json"
+    given = read_json(settings).get("settings", {}).get("prompts") if settings.is_file() else None
+    if not given or not Path(given).is_file():
+        return {}
+    return {str(row.get("id")): (row, Path(given).parent) for row in _jsonl(Path(given))}
+
+
+def _output(row: dict | None, folder: Path, pictures: Pictures) -> str:
+    if row is None:
+        return "-"
+    if row.get("error"):
+        return plain(row["error"])
+    return _content(row.get("content") or [], folder, pictures)
+
+
+def _content(pieces: list[dict], folder: Path, pictures: Pictures) -> str:
+    cells = []
+    for piece in pieces:
+        is_text = piece.get("type") == "text"
+        cells.append(plain(piece["text"]) if is_text else _picture(piece.get("path", ""), folder, pictures))
+    return " ".join(cells)
+
+
+def _picture(path: str, folder: Path, pictures: Pictures) -> str:
+    """A thumbnail of a picture named relative to `folder` or, failing that, to the current folder."""
+    return pictures.thumbnail(folder / path if (folder / path).is_file() else Path(path), 256)
+
+
+def _footer() -> str:
+    return f"Made by medmax_fast {__version__}."
