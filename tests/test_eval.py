@@ -180,7 +180,7 @@ def test_other_settings_or_data_are_refused(config):
     with pytest.raises(InputError, match="limit = 0, now 3"):
         evaluate(replace(config, limit=3), ScriptedEngine())
     Image.new("RGB", (40, 30), "green").save(Path(config.data) / "images" / "a.png")
-    with pytest.raises(InputError, match="made with hashes"):
+    with pytest.raises(InputError, match="made with sha256_images"):
         evaluate(config, ScriptedEngine())
 
 

@@ -49,7 +49,8 @@ def evaluate(config: EvalConfig, engine: Answers | None = None) -> dict:
     data = load_questions(config.data, config.tasks, config.limit)
     hashes = _hashes(data, config.ckpt)
     settings = settings_of(config, "ckpt", "backend", "tasks", "limit", "protocol", "precision")
-    folder = open_output(config.output, "eval", {**settings, "hashes": hashes})
+    # The prefix sorts behind the flags, so that a changed flag is named before the hashes that it changes.
+    folder = open_output(config.output, "eval", {**settings, **{f"sha256_{k}": v for k, v in hashes.items()}})
     done = read_samples(folder / SAMPLES_FILE, data.questions)
     todo = [question for question in data.questions if question.id not in done]
     if todo:
