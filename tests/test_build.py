@@ -1,0 +1,259 @@
+"""`medmax build` from the command line: golden sequences, joins, both policies on bad rows, nothing half-written."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from medmax_fast.cli import main
+from medmax_fast.config import BuildConfig
+from medmax_fast.data import build as build_module
+from medmax_fast.data.build import build
+from medmax_fast.data.shards import Shards
+from medmax_fast.data.store import TokenStore
+from medmax_fast.runtime import TooManyRejected
+from medmax_fast.vocab import IMAGE_CODES
+
+CODES = np.random.default_rng(3).integers(0, 8192, (4, IMAGE_CODES)).astype(np.uint16)
+QUESTION = "<image>What is it?<reserved08706>A cell."
+
+
+@pytest.fixture()
+def rows(golden) -> list[dict]:
+    """The golden rows with as many images as placeholders (the published tool did not ask for that)."""
+    rows = [json.loads(line) for line in (golden / "sequences.jsonl").read_text().splitlines()]
+    rows[3] = {**rows[3], "image_path": [rows[3]["image_path"]] * 2, "image_tokens": [rows[3]["image_tokens"]] * 2}
+    rows[4] = {**rows[4], "image_path": None, "image_tokens": None}
+    return rows
+
+
+@pytest.fixture()
+def run(golden, tmp_path, capsys):
+    """Run the command on rows or on the text of a JSONL file: (exit status, summary or error line)."""
+
+    def call(rows, *flags: str, name="rows.jsonl", output="out"):
+        path = tmp_path / name
+        if isinstance(rows, str):
+            path.write_text(rows)
+        elif rows is not None:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = ["--input", str(path), "--ckpt", str(golden / "checkpoint"), "--output", str(tmp_path / output)]
+        status = main(["build", *arguments, *flags])
+        out, err = capsys.readouterr()
+        if status == 2:
+            assert out == "" and len(err.splitlines()) == 1 and "Traceback" not in err
+            return status, err
+        return status, json.loads(out.splitlines()[-1])
+
+    return call
+
+
+def untokenized(rows):
+    return [{k: v for k, v in row.items() if k != "tokens"} for row in rows]
+
+
+def code_folder(folder, paths, base, rejected=()):
+    shards = Shards(folder, len(paths) + len(rejected), 100)
+    entries = [{"img_path": p, "reason": "empty file", "row": i} for i, p in enumerate(rejected)]
+    shards.publish(0, list(paths), CODES[: len(paths)], entries, {})
+    shards.merge(str(base), {})
+    return str(folder)
+
+
+def test_golden_sequences_to_a_store(run, rows, tmp_path):
+    status, summary = run(untokenized(rows))
+    assert status == 0 and summary["rows"] == 5 and summary["rejected"] == 0
+    store = TokenStore(tmp_path / "out")
+    assert [store.row(i).tolist() for i in range(5)] == [row["tokens"] for row in rows]
+    assert store.tasks == ["vqa"] * 5 and store.sources == ["golden"] * 5
+    assert store.keys == [f"rows.jsonl:{i}" for i in range(5)]
+    assert summary["ids"] == store.lengths.sum() and len(store.manifest["tokenizer_sha256"]) == 64
+    assert (tmp_path / "out" / "rejected.jsonl").read_text() == ""
+
+
+def test_golden_sequences_to_jsonl(run, rows, tmp_path):
+    given = untokenized(rows)
+    status, _ = run(given, "--format", "jsonl", output="out.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert status == 0 and [row["tokens"] for row in written] == [row["tokens"] for row in rows]
+    assert untokenized(written) == given
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.rejected.jsonl", "rows.jsonl"]
+
+
+def test_parquet_input(run, rows, tmp_path):
+    given = [{**row, "image_tokens": row["image_tokens"]} for row in untokenized(rows[:3])]
+    parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "rows.parquet")
+    status, _ = run(None, name="rows.parquet")
+    store = TokenStore(tmp_path / "out")
+    assert status == 0 and [store.row(i).tolist() for i in range(3)] == [row["tokens"] for row in rows[:3]]
+
+
+def test_ready_tokens_are_taken_as_they_are(run, tmp_path):
+    status, _ = run([{"tokens": [0, 8711, 5, 10211], "text": 3, "image_path": "x.png"}, {"tokens": [2]}])
+    store = TokenStore(tmp_path / "out")
+    assert status == 0 and [store.row(i).tolist() for i in range(2)] == [[0, 8711, 5, 10211], [2]]
+    assert store.tasks == ["", ""]
+
+
+def test_codes_are_joined_by_path(run, tmp_path):
+    folder = code_folder(tmp_path / "codes", ["images/a.png", str(tmp_path / "images" / "b.png")], tmp_path)
+    both = {"text": "<image> and <image>", "image_path": ["images/b.png", "./images/a.png"]}
+    status, _ = run([{"text": QUESTION, "image_path": "images/a.png"}, both], "--codes", folder)
+    store = TokenStore(tmp_path / "out")
+    is_code = lambda ids: ids[(ids >= 4) & (ids < 8196)]  # noqa: E731
+    assert status == 0
+    np.testing.assert_array_equal(is_code(store.row(0)), CODES[0] + 4)
+    np.testing.assert_array_equal(is_code(store.row(1)), np.concatenate([CODES[1], CODES[0]]) + 4)
+
+
+def test_rows_without_codes_are_rejected_and_counted_per_source(run, tmp_path):
+    folder = code_folder(tmp_path / "codes", ["a.png"], tmp_path, rejected=["broken.png"])
+    rows = [
+        {"text": QUESTION, "image_path": "a.png", "source": "open"},
+        {"text": QUESTION, "image_path": "broken.png", "source": "open"},
+        {"text": QUESTION, "image_path": "gone.png", "source": "mimic", "credential": "Yes"},
+        {"text": QUESTION, "source": "mimic", "credential": "YES"},
+        {"text": "no picture", "source": "mimic", "credential": "yes"},
+        {"text": QUESTION, "image_tokens": CODES[1].tolist(), "image_path": "gone.png", "credential": "NO"},
+    ]
+    status, summary = run(rows, "--codes", folder)
+    assert status == 3 and summary["rows"] == 3 and summary["rejected"] == summary["rejected_without_codes"] == 3
+    counts = {row["source"]: (row["rows"], row["rejected"]) for row in summary["sources"]}
+    assert counts == {"": (1, 0), "mimic": (1, 2), "open": (1, 1)}
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["reason"]) for r in rejected] == [
+        (1, "broken.png: rejected by tokenize: empty file"),
+        (2, "gone.png: not in the codes table"),
+        (3, "credential yes without image_path or codes"),
+    ]
+    # The good rows are there, and running again gives the same answer without doing the work again.
+    assert TokenStore(tmp_path / "out").keys == ["rows.jsonl:0", "rows.jsonl:4", "rows.jsonl:5"]
+    assert run(rows, "--codes", folder)[0] == 3
+    status, again = run(rows, "--codes", folder, "--max-rejected", "3")
+    assert status == 0 and again["rows"] == 3 and again["sources"] == summary["sources"]
+
+
+MALFORMED = {
+    "broken JSON": ('{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+    "not an object": ('{"text": "a"}\n7\n', "line 2: int 7, expected a JSON object"),
+    "no text": ([{"text": "a"}, {"txt": "b"}], "line 2: neither text nor tokens"),
+    "text of another type": ([{"text": ["a"]}], "line 1: text is list ['a'], expected str"),
+    "a lone surrogate": ('{"text": "\\ud800"}\n', "line 1: text holds a lone surrogate"),
+    "task of another type": ([{"text": "a", "task": 1}], "line 1: task is int 1"),
+    "too few images": (
+        [{"text": "<image><image>", "image_path": "a.png", "image_tokens": CODES[0].tolist()}],
+        "line 1: 2 <image> in the text but 1 images, expected equal numbers",
+    ),
+    "too many images": ([{"text": "a", "image_tokens": [CODES[0].tolist()]}], "0 <image> in the text but 1 images"),
+    "an image without a place": ([{"text": "a", "image_path": "x.png"}], "0 <image> in the text but 1 images"),
+    "no image": ([{"text": QUESTION, "credential": "no"}], "1 <image> in the text but 0 images"),
+    "1023 codes": (
+        [{"text": QUESTION, "image_tokens": CODES[0][1:].tolist()}],
+        "an image of 1023 codes, expected 1024",
+    ),
+    "a code too large": ([{"text": QUESTION, "image_tokens": [8192] * 1024}], "image code 8192 is outside 0..8191"),
+    "codes as text": ([{"text": QUESTION, "image_tokens": "1 2 3"}], "image_tokens is str '1 2 3', expected list"),
+    "codes of mixed depth": ([{"text": QUESTION, "image_tokens": [[1], 2]}], "image_tokens is int, expected a list"),
+    "a path of another type": ([{"text": QUESTION, "image_path": [3]}], "image_path holds something else"),
+    "an id too large": ([{"tokens": [0, 5, 10212]}], "line 1: id 10212 in tokens, expected 0..10211"),
+    "a negative id": ([{"text": "a"}, {"tokens": [-1]}], "line 2: id -1 in tokens"),
+    "ids as text": ([{"tokens": "0 1"}], "tokens is str, expected a list of integers"),
+    "another credential": ([{"text": "a", "credential": "maybe"}], "credential is 'maybe', expected yes or no"),
+    "an image id spelled": ([{"text": "<racm3:break>"}], "the text spells id 8197"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("format", ["store", "jsonl"])
+def test_a_malformed_row_ends_the_run(run, tmp_path, name, format):
+    rows, message = MALFORMED[name]
+    status, error = run(rows, "--format", format)
+    assert status == 2 and message in error and str(tmp_path / "rows.jsonl") in error
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_row_is_rejected_where_that_is_asked_for(run, tmp_path, name):
+    rows, message = MALFORMED[name]
+    lines = rows.splitlines() if isinstance(rows, str) else [json.dumps(row) for row in rows]
+    status, summary = run("\n".join(['{"text": "good"}', *lines]), "--max-rejected", "0")
+    assert status == 3 and summary["rejected"] == 1 and summary["rows"] == len(lines)
+    (rejected,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["row"] == len(lines) and message.split(": ")[-1] in json.loads(rejected)["reason"]
+    assert run(None, "--max-rejected", "1", output="other")[0] == 0
+
+
+def test_the_first_bad_row_is_named_across_batches(run, monkeypatch):
+    monkeypatch.setattr(build_module, "_BATCH", 4)
+    rows = [{"text": f"row {i}"} for i in range(11)]
+    rows[9] = {"text": "<image>"}
+    rows[10] = {"tokens": [-1]}
+    assert "line 10: 1 <image>" in run(rows)[1]
+    rows[9] = {"text": "fine"}
+    assert "line 11: id -1" in run(rows)[1]
+
+
+def test_bad_inputs(run, golden, tmp_path):
+    (tmp_path / "table.csv").write_text("text\nhello\n")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1, then nothing of use")
+    parquet.write_table(pyarrow.table({"prompt": ["a"]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
+    (tmp_path / "empty.jsonl").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    for name, message in {
+        "gone.jsonl": "no such file",
+        "table.csv": "a CSV table, expected rows as JSONL or Parquet",
+        "bad.parquet": "not a Parquet file",
+        "other.parquet": "no column 'text' or 'tokens', found prompt",
+        "none.parquet": "no rows",
+        "empty.jsonl": "no rows",
+    }.items():
+        status, error = run(None, name=name)
+        assert status == 2 and message in error and name in error, name
+    flags = {"--codes": str(tmp_path / "gone"), "--ckpt": str(tmp_path), "--max-rejected": "-1"}
+    for flag, value in flags.items():
+        assert run([{"text": "a"}], flag, value)[0] == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "rows.jsonl"])
+
+
+def test_bad_codes_leave_nothing(run, tmp_path):
+    folder = tmp_path / "codes"
+    code_folder(folder, ["a.png"], tmp_path)
+    table = pyarrow.table({"img_path": ["b.png"], "img_tokens": [[1, 2, 3]]})
+    parquet.write_table(table, folder / "more.parquet")
+    status, error = run([{"text": QUESTION, "image_path": "a.png"}], "--codes", str(folder))
+    assert status == 2 and "more.parquet: row 0: an image of 3 codes, expected 1024" in error
+    assert sorted(os.listdir(tmp_path)) == ["codes", "rows.jsonl"]
+
+
+def test_output_made_with_other_settings(run, tmp_path):
+    assert run([{"text": "a"}])[0] == 0
+    before = (tmp_path / "out" / "ids.bin").read_bytes()
+    status, error = run([{"text": "b"}])
+    assert status == 2 and "made with input_sha256" in error
+    assert (tmp_path / "out" / "ids.bin").read_bytes() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert "not empty and not made by this command" in run([{"text": "b"}], output="full")[1]
+    assert "a folder, expected the JSONL file" in run([{"text": "b"}], "--format", "jsonl", output="full")[1]
+    assert "--output is the --input file" in run([{"text": "b"}], "--format", "jsonl", output="rows.jsonl")[1]
+    assert (tmp_path / "rows.jsonl").read_text() == '{"text": "b"}\n'
+
+
+def test_the_same_rows_give_the_same_bytes(run, tmp_path):
+    rows = [{"text": f"row {i}", "task": "t"} for i in range(20)]
+    for output in ("one", "two"):
+        assert run(rows, output=output)[0] == 0
+    for name in ("ids.bin", "offsets.npy", "rows.parquet", "manifest.json", "settings.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_python_api(golden, tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n{"text": "<image>", "credential": "yes"}\n')
+    config = BuildConfig(str(tmp_path / "r.jsonl"), str(golden / "checkpoint"), str(tmp_path / "s"))
+    with pytest.raises(TooManyRejected) as caught:
+        build(config)
+    assert caught.value.result["rows"] == 1 and len(TokenStore(tmp_path / "s")) == 1
