@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 
 from medmax_fast import __version__, config
-from medmax_fast.runtime import InputError, TooManyRejected, log
+from medmax_fast.runtime import InputError, TooManyRejected, leave, log
 from medmax_fast.vocab import VocabError
 
 # command -> (configuration, module, function); modules are imported when their command is called.
@@ -92,9 +92,9 @@ def print_result(result: dict) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Rows of equal keys as aligned columns."""
+    """Rows as aligned columns, in the order of the first row's keys."""
     names = list(rows[0])
-    cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
+    cells = [names] + [[_cell(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -129,4 +129,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Console-script entry point."""
-    sys.exit(main())
+    leave(main())

@@ -27,7 +27,7 @@ class TooManyRejected(Exception):
     """The command finished, but more inputs were rejected than allowed (exit status 3); `result` is its summary."""
 
     def __init__(self, result: dict, limit: int):
-        super().__init__(f"{result['rejected']} inputs rejected, --max-rejected allows {limit}")
+        super().__init__(f"{result['rejected']} inputs rejected, {limit} allowed")
         self.result = result
 
 
@@ -142,6 +142,23 @@ def require_new(folder: str | Path) -> None:
 def rank_and_world() -> tuple[int, int]:
     """(rank, world size) as torchrun and the deepspeed launcher set them; (0, 1) for a plain process."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave(status: int) -> None:
+    """End the process with an exit status; a rank of several skips the interpreter's own ending.
+
+    Threads of torch's process groups now and then abort there, after all work is done.
+    """
+    if rank_and_world()[1] == 1 or "torch" not in sys.modules:
+        sys.exit(status)
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and status == 0:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def pick_device(name: str):

@@ -1,4 +1,4 @@
-"""From a request's content to the ids that are fed: bos, text and images in order, eot, and boi where a picture is due."""
+"""From a request to the ids that are fed: bos, text and images in order, eot, and boi where a picture is due."""
 
 from pathlib import Path
 

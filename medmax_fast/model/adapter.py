@@ -1,10 +1,9 @@
 """LoRA adapters: put into a model for training, and written in peft's own format.
 
-An adapter folder holds adapter_config.json and adapter_model.safetensors, which peft loads as they are, and
-base.json with a fingerprint of the checkpoint it was trained on, so that merging into another base is noticed.
+An adapter folder holds adapter_config.json and adapter_model.safetensors, which peft loads as they are. One entry is
+added to the former, the hash of the checkpoint it was trained on, so that merging into another base is noticed.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,27 +11,33 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medmax_fast.config import TrainConfig
-from medmax_fast.model.checkpoint import LAYER_KEYS, Checkpoint
-from medmax_fast.runtime import InputError, atomic_path, write_json
+from medmax_fast.model.checkpoint import LAYER_KEYS
+from medmax_fast.runtime import InputError, atomic_path, read_json, write_json
 
-WEIGHTS_FILE, BASE_FILE = "adapter_model.safetensors", "base.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+BASE_ENTRY = "medmax_base_sha256"
 # Name of the adapter inside peft's modules; it is not part of the names in the file.
 _ADAPTER = "default"
-# Values taken from each tensor for the fingerprint.
-_SAMPLES = 4096
 
 
 def add_adapter(model: nn.Module, config: TrainConfig) -> None:
     """Put a LoRA adapter on the chosen projections, in place; everything else is frozen.
 
-    The initial weights depend on `config.seed` alone. InputError: an unknown target, or peft is not installed.
+    The initial weights depend on `config.seed` alone.
     """
-    try:
-        from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise InputError(f"LoRA training needs peft ({error}): pip install 'medmax_fast[train]'") from error
+    from peft import inject_adapter_in_model
+
     torch.manual_seed(config.seed)
     inject_adapter_in_model(_peft_config(config), model, _ADAPTER)
+
+
+def check_lora(config: TrainConfig) -> None:
+    """InputError for an unknown target, or if peft is not installed."""
+    lora_targets(config.lora_targets)
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"LoRA training needs peft ({error}): pip install 'medmax_fast[train]'") from error
 
 
 def lora_targets(text: str) -> list[str]:
@@ -45,11 +50,11 @@ def lora_targets(text: str) -> list[str]:
     return sorted(set(targets))
 
 
-def save_adapter(state: dict[str, torch.Tensor], folder: str | Path, config: TrainConfig, base: dict) -> None:
+def save_adapter(state: dict[str, torch.Tensor], folder: str | Path, config: TrainConfig, base_sha256: str) -> None:
     """Write an adapter folder, atomically.
 
-    state: lora weights under the names they have in the model (`model.layers.0...lora_A.default.weight`);
-    base: what is recorded about the checkpoint, `base_identity` of it at least.
+    state: lora weights under the names they have in the model (`model.layers.0...lora_A.default.weight`).
+    base_sha256: Checkpoint.sha256 of the base.
     """
     peft_config = _peft_config(config)
     peft_config.base_model_name_or_path = config.ckpt
@@ -58,8 +63,9 @@ def save_adapter(state: dict[str, torch.Tensor], folder: str | Path, config: Tra
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         peft_config.save_pretrained(str(temporary))
+        written = read_json(temporary / CONFIG_FILE)
+        write_json(temporary / CONFIG_FILE, {**written, BASE_ENTRY: base_sha256})
         save_file(renamed, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(temporary / BASE_FILE, base)
 
 
 def _peft_config(config: TrainConfig):
@@ -73,19 +79,3 @@ def _peft_config(config: TrainConfig):
         bias="none",
         task_type="CAUSAL_LM",
     )
-
-
-def base_identity(checkpoint: Checkpoint) -> dict:
-    """{"fingerprint": sha256} over names, shapes and 4,096 evenly spaced values of every language-model tensor.
-
-    It is the same for both layouts of the same weights and takes seconds where hashing a 14 GB file takes a minute;
-    it tells checkpoints apart, it does not protect against a damaged file.
-    """
-    digest = hashlib.sha256()
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        flat = tensor.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-        digest.update(flat[places].float().numpy().tobytes())
-    return {"fingerprint": digest.hexdigest()}

@@ -7,6 +7,7 @@ names; `KEYS` is the one declared table between the two, with the permutation an
 Files are memory-mapped, and nothing that could run code is unpickled.
 """
 
+import hashlib
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -167,6 +168,15 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Compare every file with its recorded checksum; InputError names the first that differs."""
+
+    def sha256(self) -> str:
+        """Hash of the language model's names, dtypes, shapes and bytes; the same in both layouts."""
+        digest = hashlib.sha256()
+        for name in self.names():
+            tensor = self.tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -81,7 +81,7 @@ def _write_chameleon(source: Checkpoint, folder: Path, transform: Transform, ave
     torch.save(state, model / "consolidated.pth")
     _write_json(model / "params.json", source.params)
     _write_json(model / "consolidate_params.json", {"model_parallel_size": 1})
-    _checklist(model)
+    write_checklist(model)
     vqgan = source.vqgan_state()
     with torch.device("meta"):
         order = list(VQGAN(source.vq_config).state_dict())
@@ -90,7 +90,7 @@ def _write_chameleon(source: Checkpoint, folder: Path, transform: Transform, ave
     (tokenizer / "vqgan.yaml").write_text(yaml.safe_dump(source.vq_config.to_yaml()))
     for name, spelling in zip(("text_tokenizer.json", "text_tokenizer_modified.json"), PLACEHOLDER_NAMES, strict=True):
         _write_json(tokenizer / name, _spell_placeholder(source.tokenizer_path, spelling))
-    _checklist(tokenizer)
+    write_checklist(tokenizer)
 
 
 def _position(order: list[str]) -> Callable[[str], int]:
@@ -195,7 +195,8 @@ def _spell_placeholder(path: Path, spelling: str) -> dict:
     return spec
 
 
-def _checklist(folder: Path) -> None:
+def write_checklist(folder: Path) -> None:
+    """Record the md5 of every file of a folder in its checklist.chk, as the published checkpoints do."""
     lines = [f"{hash_file(f, 'md5')}  {f.name}\n" for f in sorted(folder.iterdir()) if f.name != "checklist.chk"]
     (folder / "checklist.chk").write_text("".join(lines))
 

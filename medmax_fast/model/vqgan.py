@@ -180,9 +180,9 @@ class Encoder(nn.Module):
         width, side = config.ch, config.resolution
         for i, multiple in enumerate(config.ch_mult):
             out = config.ch * multiple
-            widths = [(width, out)] + [(out, out)] * (config.num_res_blocks - 1)
+            widths = ([(width, out)] + [(out, out)] * config.num_res_blocks)[: config.num_res_blocks]
             level = Level(widths, side in config.attn_resolutions)
-            width = out
+            width = out if widths else width
             if i < len(config.ch_mult) - 1:
                 level.downsample = Downsample(width)
                 side //= 2
