@@ -22,15 +22,15 @@ CAPABILITIES = (80, 90)
 # specialises; "general": odd sizes and strides; "ones": triton makes a constant of every argument that equals 1.
 # A case is the operation, its element type(s), the arguments that are constants, and those divisible by 16.
 VQ_STRIDES = ("stride_zn", "stride_zd", "stride_ek", "stride_ed")
-VQ_ALIGNED = ("z_ptr", "e_ptr", "norm_ptr", "out_ptr", "N", "K", "stride_zn", "stride_ek")
+VQ_ALIGNED = ("z_ptr", "e_ptr", "norm_ptr", "out_ptr", "N", "stride_zn", "stride_ek")
 SPAN_ALIGNED = ("out_ptr", "starts_ptr", "codes_ptr", "bad_ptr", "P", "stride_n")
 SHIFT_SIZES = ("size", "low", "high", "shift")
 SPAN_SIZES = ("T", "P", "boi", "eoi", "image_start", "num_codes", "stride_t", "stride_n", "stride_p")
 CASES = {
-    "vq_aligned_d256": ("vq", "fp32", {"stride_zd": 1, "stride_ed": 1, "D": 256}, VQ_ALIGNED),
-    "vq_aligned_d32": ("vq", "fp32", {"stride_zd": 1, "stride_ed": 1, "D": 32}, VQ_ALIGNED),
-    "vq_general_d256": ("vq", "fp32", {"D": 256}, ()),
-    "vq_half_d256": ("vq", "bf16", {"stride_zd": 1, "stride_ed": 1, "D": 256}, VQ_ALIGNED),
+    "vq_aligned_d256": ("vq", "fp32", {"stride_zd": 1, "stride_ed": 1, "K": 8192, "D": 256}, VQ_ALIGNED),
+    "vq_aligned_d32": ("vq", "fp32", {"stride_zd": 1, "stride_ed": 1, "K": 8192, "D": 32}, VQ_ALIGNED),
+    "vq_general_d250": ("vq", "fp32", {"K": 1000, "D": 250}, ()),
+    "vq_half_d256": ("vq", "bf16", {"stride_zd": 1, "stride_ed": 1, "K": 8192, "D": 256}, VQ_ALIGNED),
     "vq_ones": ("vq", "fp32", dict.fromkeys(("N", "K", "id_offset", *VQ_STRIDES, "D"), 1), ()),
     "shift_i64_u16": ("shift", ("i64", "u16"), {}, ("in_ptr", "out_ptr", "bad_ptr", "size")),
     "shift_u16_i64": ("shift", ("u16", "i64"), {}, ("in_ptr", "out_ptr", "bad_ptr")),
@@ -56,7 +56,7 @@ def kernel_and_types(op, types):
 
     if op == "vq":
         pointers = {"z_ptr": f"*{types}", "e_ptr": f"*{types}", "norm_ptr": "*fp32", "out_ptr": "*i64"}
-        integers = dict.fromkeys(("N", "K", "id_offset", *VQ_STRIDES), "i32")
+        integers = dict.fromkeys(("N", "id_offset", *VQ_STRIDES), "i32")
         blocks = {"BLOCK_N": vq.BLOCK_N, "BLOCK_K": vq.BLOCK_K, "BLOCK_D": vq.BLOCK_D}
         options = {"num_warps": vq.NUM_WARPS, "num_stages": vq.NUM_STAGES, "enable_fp_fusion": True}
         return vq._nearest_code_kernel, pointers | integers, blocks, options
