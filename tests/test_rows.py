@@ -12,7 +12,10 @@ from pyarrow import parquet
 from medmax_fast.data.rows import column_names, parquet_batches, place, read_rows, typed
 from medmax_fast.runtime import InputError
 
-ROWS = [{"img_path": "a.png", "text": 'Where?\n"Here", left'}, {"img_path": "b/ü.png", "text": "µm², ±3 %"}]
+ROWS = [
+    {"img_path": "a.png", "text": 'Where?\n"Here", left'},
+    {"img_path": "b/\u00fc.png", "text": "\u00b5m\u00b2, \u00b13 %"},
+]
 
 
 def write(folder, name: str, content: str | bytes):

@@ -145,7 +145,7 @@ def check_pictures_table(pictures, codes):
 def test_bad_images_are_rejected_by_name_and_good_ones_kept(fake, pictures, tmp_path, capsys):
     assert tokenize(pictures / "table.csv", tmp_path / "codes") == 3
     out, err = capsys.readouterr()
-    assert "4 inputs rejected, --max-rejected allows 0" in err
+    assert "4 inputs rejected" in err
     assert json.loads(out.splitlines()[-1])["rejected"] == 4
     check_pictures_table(pictures, tmp_path / "codes")
     # Running again with a higher limit finds everything done.
@@ -336,7 +336,7 @@ def test_decode_ahead_keeps_order_and_a_bounded_number_under_way():
 
 
 def test_picture_names():
-    paths = ["a/x.png", "b/x.jpg", "x-1.bmp", "X.gif", "é" * 150 + ".png", "dir/.png", ""]
+    paths = ["a/x.png", "b/x.jpg", "x-1.bmp", "X.gif", "\u00e9" * 150 + ".png", "dir/.png", ""]
     names = picture_names(paths)
     assert names[:4] == ["x.png", "x-1.png", "x-1-1.png", "X-2.png"]
     assert len({name.lower() for name in names}) == len(names) and all(len(n.encode()) < 220 for n in names)
