@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +55,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write a file or folder at; it takes the final name only on success."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Unique among the processes of all nodes that share the folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     remove(temporary)
     try:
         yield temporary
@@ -200,10 +202,13 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     if sys.stderr.isatty():
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import track
 
-        yield from track(items, label, total, console=Console(stderr=True), transient=True)
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
+        columns += (_rate_column(), rich.TimeRemainingColumn())
+        with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            yield from bar.track(items, total, description=label)
         return
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -212,3 +217,13 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
             last = time.monotonic()
             of = f"/{total}" if total else ""
             log(f"{label}: {done}{of}, {done / (last - start):.1f}/s")
+
+
+def _rate_column():
+    from rich import progress as rich
+
+    class RateColumn(rich.ProgressColumn):
+        def render(self, task):
+            return "" if task.speed is None else f"{task.speed:.1f}/s"
+
+    return RateColumn()

@@ -9,7 +9,7 @@ import torch
 
 from medmax_fast.config import ScoreConfig
 from medmax_fast.data.collate import collate
-from medmax_fast.data.rows import read_rows
+from medmax_fast.data.rows import place, read_rows
 from medmax_fast.data.store import TokenStore
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
@@ -83,12 +83,12 @@ def _read_ids(path: str, layout: IdLayout) -> tuple[np.ndarray, np.ndarray]:
     dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
     rows = []
     for number, row in read_rows(path, columns=("tokens",)):
-        tokens = row["tokens"]
+        tokens, where = row.get("tokens"), f"{path}: {place(path, number)}"
         if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
-            raise InputError(f"{path}: row {number}: tokens is not a list of integers")
+            raise InputError(f"{where}: tokens is not a list of integers")
         bad = next((t for t in tokens if not 0 <= t < layout.vocab_size), None)
         if bad is not None:
-            raise InputError(f"{path}: row {number}: id {bad} is outside the vocabulary of {layout.vocab_size}")
+            raise InputError(f"{where}: id {bad} is outside the vocabulary of {layout.vocab_size}")
         rows.append(np.array(tokens, dtype=dtype))
     if not rows:
         raise InputError(f"{path}: no rows")

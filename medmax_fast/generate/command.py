@@ -20,7 +20,7 @@ from medmax_fast.runtime import (
 )
 
 # What runs where and how many at a time does not change the output.
-_NOT_SETTINGS = ("output", "prompts", "prompt", "image", "batch_size", "device")
+_NOT_SETTINGS = ("output", "prompt", "image", "batch_size", "device")
 
 
 def generate(config: GenerateConfig) -> dict:

@@ -11,7 +11,7 @@ shares its group with -s, A and -A, so the group's mean is 0 and its deviation i
 import torch
 from torch import nn
 
-from medmax_fast.model.vqgan import GROUPS, VQGAN, Decoder, Encoder, ResBlock, VQConfig
+from medmax_fast.model.vqgan import GROUPS, VQGAN, AttnBlock, Decoder, Encoder, ResBlock, VQConfig
 
 LEVELS = (16, 32, 16)
 # The constant that dominates each group: (1/16)^2 / 2 is 0.2 % of full scale.
@@ -34,7 +34,9 @@ def colour_vqgan(config: VQConfig, generator: torch.Generator) -> VQGAN:
             module.weight.normal_(std=0.02, generator=generator)
             module.bias.zero_()
     for module in vqgan.modules():
-        if isinstance(module, ResBlock):
+        if isinstance(module, AttnBlock):
+            _set(module.proj_out, {})
+        elif isinstance(module, ResBlock):
             _set(module.conv2, {})
             if module.nin_shortcut is not None:
                 shortcut = module.nin_shortcut
@@ -59,7 +61,6 @@ def _fill_encoder(encoder: Encoder) -> None:
             # Padding is on the right and below, so taps 0 and 1 are the 2 x 2 block.
             mean[:2, :2], pick[0, 0] = 0.25, 1.0
             _pass(level.downsample.conv, mean, pick)
-    _set(encoder.mid.attn_1.proj_out, {})
     _fill_output(encoder)
 
 
@@ -73,7 +74,6 @@ def _fill_decoder(decoder: Decoder) -> None:
             pick = torch.zeros(3, 3)
             pick[1, 1] = 1.0
             _pass(level.upsample.conv, row[:, None] * row, pick)
-    _set(decoder.mid.attn_1.proj_out, {})
     _fill_output(decoder)
 
 
