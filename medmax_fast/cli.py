@@ -8,7 +8,6 @@ input (one line, no traceback), 3 more inputs rejected than allowed, 130 interru
 import argparse
 import json
 import os
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -41,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; every flag, its type, choices and default come from a dataclass field."""
     parser = argparse.ArgumentParser(prog="medmax", description="MedMax: tokenize, train, generate, evaluate.")
     parser.add_argument("--version", action="version", version=f"medmax_fast {__version__}")
+    # The deepspeed launcher puts this first; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (cls, _, _) in COMMANDS.items():
         doc = cls.__doc__.strip()
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     parsed = vars(build_parser().parse_args(arguments))
     name = parsed.pop("command")
+    parsed.pop("local_rank")
     cls, module, function = COMMANDS[name]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in parsed.items()}
     try:

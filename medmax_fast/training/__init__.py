@@ -1,0 +1,1 @@
+"""What `medmax train` stands on: the DeepSpeed engine, and the files of a run folder."""
