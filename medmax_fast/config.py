@@ -197,6 +197,7 @@ class EvalConfig:
     tasks: str = option("", "task ids such as vqa_rad_closed, comma-separated (default: all that the data holds)")
     limit: int = option(0, "questions per task (0: all)")
     protocol: str = option("medmax-v1", "scoring rules", ("medmax-v1", "strict"))
+    judge: str = option("none", "what judges open answers (their tasks are skipped and named without one)", ("none",))
     batch_size: int = option(16, "questions answered at a time")
     precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
     device: str = option("auto", "where the model runs", DEVICES)

@@ -40,6 +40,16 @@ def test_damaged_tensor_is_named(golden_checkpoint, change, message):
         load_model(golden_checkpoint)
 
 
+def test_missing_tensor_through_the_command(golden_checkpoint, tmp_path, capsys):
+    rewrite(golden_checkpoint, lambda s: s.pop("output.weight"))
+    (tmp_path / "rows.jsonl").write_text('{"tokens": [0, 8710, 9000, 2]}\n')
+    command = ["score", "--ckpt", str(golden_checkpoint), "--input", str(tmp_path / "rows.jsonl")]
+    assert main([*command, "--output", str(tmp_path / "o.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "tensor output.weight is missing" in error and error.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
 def test_wrong_checksum(golden_checkpoint, capsys):
     path = golden_checkpoint / "tokenizer" / "vqgan.yaml"
     path.write_text(path.read_text() + "\n")

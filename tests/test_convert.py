@@ -120,8 +120,7 @@ def test_merged_equals_unmerged(golden, hf, adapter, tmp_path, layout, rslora):
 
 
 def test_adapter_of_another_base_is_refused(golden, adapter, tmp_path):
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"medmax_base_sha256": "0" * 64}))
+    (tmp_path / "adapter" / "base.json").write_text(json.dumps({"sha256": "0" * 64}))
     command = [
         "merge",
         "--ckpt",

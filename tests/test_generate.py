@@ -146,22 +146,39 @@ def test_draw_follows_the_distribution():
     assert share[2] == 0
 
 
-def test_command_writes_outputs_and_pictures(golden, cases, tmp_path, capsys):
-    lines = [{"id": r.id, "token_ids": r.token_ids} for r, _ in cases[4:5]]
+CASES = (
+    "text_greedy",
+    "text_greedy_batch",
+    "image_greedy_cfg",
+    "image_edit_greedy_cfg_batch",
+    "any_greedy",
+    "interleaved_greedy",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_generation_through_the_command(golden, cases, tmp_path, capsys, name):
+    chosen = [(r, ids) for r, ids in cases if r.id.rpartition("-")[0] == name]
+    lines = [{"id": r.id, "token_ids": r.token_ids} for r, _ in chosen]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["generate", "--ckpt", str(golden / "checkpoint"), "--prompts", str(tmp_path / "prompts.jsonl")]
-    command += ["--output", str(tmp_path / "out"), "--mode", "image", "--greedy"]
+    command += ["--output", str(tmp_path / "out"), "--greedy"]
+    for option in ("mode", "max_new_tokens", "max_length", "guidance_text", "guidance_image"):
+        command += ["--" + option.replace("_", "-"), str(getattr(chosen[0][0], option))]
     assert main(command) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["prompts"] == 1 and summary["rejected"] == 0
-    row = json.loads((tmp_path / "out" / "outputs.jsonl").read_text())
-    assert row["token_ids"] == cases[4][1]
-    assert (tmp_path / "out" / row["content"][0]["path"]).exists()
+    assert summary["prompts"] == len(chosen) and summary["rejected"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
+    for row, (request, expected) in zip(rows, chosen, strict=True):
+        assert (row["id"], row["token_ids"]) == (request.id, expected)
+        drawn = [piece["path"] for piece in row["content"] if piece["type"] == "image"]
+        assert len(drawn) == sum(i == 8197 for i in expected) + (request.mode == "image")
+        assert all((tmp_path / "out" / path).exists() for path in drawn)
     # The same command again is done at once; another setting is refused by name.
     assert main(command) == 0
     capsys.readouterr()
-    assert main([*command, "--guidance-text", "2"]) == 2
-    assert "guidance_text" in capsys.readouterr().err
+    assert main([*command, "--seed", "2"]) == 2
+    assert "seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,8 @@ def test_learns_text_and_images_and_lora_loads_in_peft(config, golden, store, mo
     tensors = load_file(Path(config.output) / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2
     assert all(n.startswith("base_model.model.model.layers.") and t.abs().max() > 0 for n, t in tensors.items())
-    written = read_json(Path(config.output) / "adapter" / "adapter_config.json")
-    assert written["medmax_base_sha256"] == open_checkpoint(config.ckpt).sha256()
+    base = read_json(Path(config.output) / "adapter" / "base.json")
+    assert base["sha256"] == open_checkpoint(config.ckpt).sha256()
     model = load_model(golden / "checkpoint")
     before = packed_mean_loss(model, store)
     tuned = PeftModel.from_pretrained(model, str(Path(config.output) / "adapter")).base_model.model

@@ -1,7 +1,7 @@
 """LoRA adapters: put into a model for training, and written in peft's own format.
 
-An adapter folder holds adapter_config.json and adapter_model.safetensors, which peft loads as they are. One entry is
-added to the former, the hash of the checkpoint it was trained on, so that merging into another base is noticed.
+An adapter folder holds adapter_config.json and adapter_model.safetensors, which peft loads as they are, and base.json
+with the hash of the checkpoint it was trained on, so that merging into another base is noticed.
 """
 
 from pathlib import Path
@@ -12,10 +12,9 @@ from torch import nn
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.model.checkpoint import LAYER_KEYS
-from medmax_fast.runtime import InputError, atomic_path, read_json, write_json
+from medmax_fast.runtime import InputError, atomic_path, write_json
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-BASE_ENTRY = "medmax_base_sha256"
+CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Name of the adapter inside peft's modules; it is not part of the names in the file.
 _ADAPTER = "default"
 
@@ -63,8 +62,7 @@ def save_adapter(state: dict[str, torch.Tensor], folder: str | Path, config: Tra
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         peft_config.save_pretrained(str(temporary))
-        written = read_json(temporary / CONFIG_FILE)
-        write_json(temporary / CONFIG_FILE, {**written, BASE_ENTRY: base_sha256})
+        write_json(temporary / BASE_FILE, {"sha256": base_sha256})
         save_file(renamed, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from medmax_fast.config import MergeConfig
+from medmax_fast.model.adapter import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.runtime import InputError, read_json, require_file
@@ -33,7 +34,7 @@ def merge(config: MergeConfig) -> dict:
 def find_adapter(path: str | Path) -> Path:
     """The adapter folder itself, or the one inside a run folder."""
     for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
             return folder
     raise InputError(f"{path}: no adapter_config.json there or in adapter/")
 
@@ -43,16 +44,16 @@ class Adapter:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = read_json(path / "adapter_config.json")
+        self.config = read_json(path / CONFIG_FILE)
         if self.config.get("peft_type") != "LORA":
             raise InputError(f"{path}: adapter of type {self.config.get('peft_type')!r}, expected LORA")
         for name in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"):
             if self.config.get(name):
                 raise InputError(f"{path}: adapter_config.json sets {name}, which cannot be merged here")
         try:
-            tensors = load_file(require_file(path / "adapter_model.safetensors"))
+            tensors = load_file(require_file(path / WEIGHTS_FILE))
         except SafetensorError as error:
-            raise InputError(f"{path}/adapter_model.safetensors: not a safetensors file ({error})") from error
+            raise InputError(f"{path / WEIGHTS_FILE}: not a safetensors file ({error})") from error
         # LoRA pairs by module, and whole weights (modules_to_save) by tensor name.
         self.modules: dict[str, dict[str, torch.Tensor]] = {}
         self.saved: dict[str, torch.Tensor] = {}
@@ -83,8 +84,8 @@ class Adapter:
 
     def check_base(self, base: Checkpoint) -> None:
         """InputError for an adapter made on another base or with modules that this one lacks."""
-        recorded = self.config.get("medmax_base_sha256")
-        if recorded and recorded != base.sha256():
+        recorded = self.path / BASE_FILE
+        if recorded.exists() and read_json(recorded)["sha256"] != base.sha256():
             raise InputError(f"{self.path}: trained on another base checkpoint than {base.path} (weights differ)")
         names = set(base.names())
         wanted = [f"{module}.weight" for module in self.modules] + list(self.saved)
