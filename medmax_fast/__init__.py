@@ -24,7 +24,7 @@ _API = {
     "load_model": "medmax_fast.model.load",
     "packed_loss": "medmax_fast.model.loss",
     "Engine": "medmax_fast.generate.engine",
-    "Request": "medmax_fast.generate.engine",
+    "Request": "medmax_fast.generate.requests",
     "evaluate": "medmax_fast.eval.run",
 }
 __all__ = ["__version__", *_API]

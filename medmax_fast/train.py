@@ -18,7 +18,8 @@ from medmax_fast.config import TrainConfig, settings_of
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.store import MANIFEST_FILE, TokenStore
 from medmax_fast.model.adapter import add_adapter, check_lora
-from medmax_fast.model.checkpoint import MAX_POSITIONS, Checkpoint, open_checkpoint
+from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
+from medmax_fast.model.layout import MAX_POSITIONS
 from medmax_fast.model.load import load_model
 from medmax_fast.model.trainable import PackedModel, recompute_activations, share_norms
 from medmax_fast.runtime import (

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from medmax_fast.cli import main
-from medmax_fast.model.checkpoint import ModelShape, half_split, interleave, open_checkpoint
+from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
+from medmax_fast.model.layout import ModelShape, half_split, interleave
 from medmax_fast.model.load import load_model
 from medmax_fast.runtime import InputError
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from medmax_fast.cli import main
 from medmax_fast.generate import grammar, sampling
-from medmax_fast.generate.engine import Engine, Request
+from medmax_fast.generate.engine import Engine
+from medmax_fast.generate.requests import Request
 from medmax_fast.vocab import TextTokenizer
 
 

@@ -114,7 +114,7 @@ def summarize(samples: list[dict], protocol: str) -> dict:
 
 
 def _ask(questions: list[Question], engine: Answers, batch_size: int, path: Path) -> None:
-    from medmax_fast.generate.engine import Request
+    from medmax_fast.generate.requests import Request
 
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     with open(path, "a", encoding="utf-8") as file:

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from medmax_fast.config import GenerateConfig
-from medmax_fast.generate.engine import Engine, Request, Result
+from medmax_fast.generate.engine import Engine
+from medmax_fast.generate.requests import Request, Result
 from medmax_fast.runtime import (
     InputError,
     TooManyRejected,

@@ -8,7 +8,6 @@ the rules of its own state. A finished request's place is refilled from the queu
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,93 +16,13 @@ import torch
 from medmax_fast.generate import grammar, sampling
 from medmax_fast.generate.cache import KVCache
 from medmax_fast.generate.prompts import PromptEncoder
+from medmax_fast.generate.requests import Request, Result, Sample, Stream
 from medmax_fast.model.load import load_model, shape_of
 from medmax_fast.runtime import InputError, pick_device, pick_dtype
 from medmax_fast.vocab import IMAGE_CODES
 
 # Ids per packed prefill pass; bounds the memory of activations.
 PREFILL_IDS = 16384
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it; the defaults are the published ones.
-
-    content: pieces {"type": "text", "text": str} and {"type": "image", "path": str}; or token_ids, fed as they are.
-    mode: "text", "image" (exactly one picture; boi is appended unless there) or "any" (interleaved).
-    max_new_tokens: text ids per stretch of text; max_length: prompt and output together.
-    """
-
-    id: str
-    content: list[dict] | None = None
-    token_ids: list[int] | None = None
-    mode: str = "text"
-    eot: bool = True
-    greedy: bool = False
-    temperature: float = 1.0
-    top_p: float = 0.9
-    repetition_penalty: float = 1.2
-    image_temperature: float = 0.7
-    image_top_p: float = 0.9
-    guidance_text: float = 3.0
-    guidance_image: float = 1.2
-    max_new_tokens: int = 1024
-    max_length: int = 4096
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a request got: the new ids, and the same as text and images; or why it got nothing."""
-
-    id: str
-    token_ids: list[int] = field(default_factory=list)
-    # {"type": "text", "text": str} and {"type": "image", "codes": int64 [1024]}, in order.
-    content: list[dict] = field(default_factory=list)
-    error: str | None = None
-
-
-class _Stream:
-    """One sequence in the cache: its slot, what is still to be fed, and the hidden state after its last id."""
-
-    def __init__(self, ids: list[int]):
-        self.feed = deque(ids)
-        self.slot = -1
-        self.position = 0
-        self.hidden: torch.Tensor | None = None
-
-
-class _Sample:
-    """A running request: its ids so far and the state of its grammar."""
-
-    def __init__(self, request: Request, ids: list[int], vocab_size: int, device: torch.device):
-        self.request = request
-        self.ids = ids
-        self.prompt_length = len(ids)
-        self.text_left = request.max_new_tokens
-        # Image ids still to draw; 0 while writing text.
-        self.to_draw = 0
-        self.done = False
-        self.generator = None if request.greedy else sampling.make_generator(request.seed, request.id)
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(ids, device=device)] = True
-        self.main = _Stream(ids)
-        self.guides: list[_Stream] = []
-
-    @property
-    def streams(self) -> list[_Stream]:
-        return [self.main, *self.guides]
-
-    @property
-    def ready(self) -> bool:
-        """Whether every stream has consumed all ids, so that the next one can be picked."""
-        return not any(stream.feed for stream in self.streams)
-
-    def append(self, new: int) -> None:
-        self.ids.append(new)
-        self.seen[new] = True
-        for stream in self.streams:
-            stream.feed.append(new)
 
 
 class Engine:
@@ -149,9 +68,9 @@ class Engine:
         """
         results: dict[int, Result] = {}
         waiting = deque(enumerate(requests))
-        running: dict[int, _Sample] = {}
+        running: dict[int, Sample] = {}
         cache = self._new_cache()
-        slots: list[_Stream] = []
+        slots: list[Stream] = []
 
         def finish(number: int, result: Result) -> None:
             results[number] = result
@@ -180,21 +99,21 @@ class Engine:
         dtype = self.model.lm_head.weight.dtype
         return KVCache(shape.layers, shape.kv_heads, shape.head_dim, self.device, dtype)
 
-    def _begin(self, request: Request) -> _Sample:
+    def _begin(self, request: Request) -> Sample:
         ids = self.encoder.encode(request)
-        sample = _Sample(request, ids, self.model.config.vocab_size, self.device)
+        sample = Sample(request, ids, self.model.config.vocab_size, self.device)
         if request.mode == "image":
             sample.to_draw = IMAGE_CODES
             self._open_guides(sample)
         return sample
 
-    def _open_guides(self, sample: _Sample) -> None:
+    def _open_guides(self, sample: Sample) -> None:
         """Two more prompts for guidance; one where the prompt holds no image, since then both are the same."""
         none = [self.layout.bos, self.layout.boi]
         image = grammar.images_only(sample.ids, self.layout)
-        sample.guides = [_Stream(none)] if image == none else [_Stream(image), _Stream(none)]
+        sample.guides = [Stream(none)] if image == none else [Stream(image), Stream(none)]
 
-    def _advance(self, samples: list[_Sample], cache: KVCache, slots: list[_Stream]) -> None:
+    def _advance(self, samples: list[Sample], cache: KVCache, slots: list[Stream]) -> None:
         """Feed every stream, then let every sample that is ready pick its next id."""
         if slots:
             self._decode(cache, slots)
@@ -212,7 +131,7 @@ class Engine:
         self._pick_text(writing)
         self._pick_image(drawing, cache, slots)
 
-    def _prefill(self, streams: list[_Stream], cache: KVCache, slots: list[_Stream]) -> None:
+    def _prefill(self, streams: list[Stream], cache: KVCache, slots: list[Stream]) -> None:
         lengths = [len(stream.feed) for stream in streams]
         cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
         numbers = cache.open(len(streams), max(lengths))
@@ -225,7 +144,7 @@ class Engine:
             stream.slot, stream.position, stream.hidden = number, length, hidden[end - 1]
             slots.append(stream)
 
-    def _decode(self, cache: KVCache, slots: list[_Stream]) -> None:
+    def _decode(self, cache: KVCache, slots: list[Stream]) -> None:
         cache.begin_decode(len(slots))
         ids = [[stream.feed.popleft()] for stream in slots]
         hidden = self._forward(ids, [[stream.position] for stream in slots], cache)[:, 0]
@@ -241,13 +160,13 @@ class Engine:
             use_cache=False,
         ).last_hidden_state
 
-    def _logits(self, streams: list[_Stream]) -> torch.Tensor:
+    def _logits(self, streams: list[Stream]) -> torch.Tensor:
         return self.model.lm_head(torch.stack([stream.hidden for stream in streams])).float()
 
-    def _column(self, samples: list[_Sample], name: str) -> torch.Tensor:
+    def _column(self, samples: list[Sample], name: str) -> torch.Tensor:
         return torch.tensor([[getattr(s.request, name)] for s in samples], dtype=torch.float32, device=self.device)
 
-    def _pick_text(self, samples: list[_Sample]) -> None:
+    def _pick_text(self, samples: list[Sample]) -> None:
         """The next text id, boi or eos of each sample."""
         if not samples:
             return
@@ -268,7 +187,7 @@ class Engine:
             elif new == self.layout.eos or not sample.text_left or len(sample.ids) >= sample.request.max_length:
                 sample.done = True
 
-    def _pick_image(self, samples: list[_Sample], cache: KVCache, slots: list[_Stream]) -> None:
+    def _pick_image(self, samples: list[Sample], cache: KVCache, slots: list[Stream]) -> None:
         """The next image id of each sample; eoi, and back to text, after the last."""
         if not samples:
             return
@@ -291,14 +210,14 @@ class Engine:
                 sample.text_left = sample.request.max_new_tokens
                 sample.done = len(sample.ids) >= sample.request.max_length
 
-    def _draw(self, samples: list[_Sample], logits: torch.Tensor, temperature: str, top_p: str) -> list[int]:
+    def _draw(self, samples: list[Sample], logits: torch.Tensor, temperature: str, top_p: str) -> list[int]:
         if all(sample.generator is None for sample in samples):
             return sampling.draw(logits, [None] * len(samples))
         logits = logits / self._column(samples, temperature)
         logits = sampling.keep_top_p(logits, self._column(samples, top_p))
         return sampling.draw(logits, [sample.generator for sample in samples])
 
-    def _result(self, sample: _Sample) -> Result:
+    def _result(self, sample: Sample) -> Result:
         new = sample.ids[sample.prompt_length :]
         content: list[dict] = []
         for kind, ids in grammar.split_pieces(new, self.layout):
@@ -310,7 +229,7 @@ class Engine:
         return Result(sample.request.id, new, content)
 
 
-def _release(cache: KVCache, slots: list[_Stream], stream: _Stream) -> None:
+def _release(cache: KVCache, slots: list[Stream], stream: Stream) -> None:
     """Free a stream's slot; the stream of the last slot takes its place."""
     last = cache.close(stream.slot)
     moved = slots.pop()

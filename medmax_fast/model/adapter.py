@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medmax_fast.config import TrainConfig
-from medmax_fast.model.checkpoint import LAYER_KEYS
+from medmax_fast.model.layout import LAYER_KEYS
 from medmax_fast.runtime import InputError, atomic_path, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"

@@ -13,14 +13,8 @@ import yaml
 from safetensors.torch import save_file
 
 from medmax_fast.config import ConvertConfig
-from medmax_fast.model.checkpoint import (
-    DECODER_FILE,
-    VQ_PREFIX,
-    Checkpoint,
-    interleave,
-    keys,
-    open_checkpoint,
-)
+from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, Checkpoint, open_checkpoint
+from medmax_fast.model.layout import interleave, keys
 from medmax_fast.model.load import hf_config
 from medmax_fast.model.vqgan import VQGAN
 from medmax_fast.runtime import InputError, atomic_path, hash_file, progress, require_new

@@ -12,9 +12,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medmax_fast.config import InitConfig
-from medmax_fast.model.checkpoint import GLOBAL_KEYS, Key, ModelShape, keys
 from medmax_fast.model.convert import write_checklist
 from medmax_fast.model.init_vqgan import colour_vqgan
+from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys
 from medmax_fast.model.vqgan import VQConfig
 from medmax_fast.runtime import atomic_path, progress, require_new
 from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, PLACEHOLDER_NAMES, IdLayout, code_name

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from medmax_fast.model import attention
-from medmax_fast.model.checkpoint import MAX_POSITIONS, Checkpoint, ModelShape, open_checkpoint
+from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.image_tokenizer import check_state
+from medmax_fast.model.layout import MAX_POSITIONS, ModelShape
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IdLayout, read_vocab
 
