@@ -20,8 +20,9 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# Two workers with a thread each: OpenMP threads of several processes on the same cores slow each other down.
 test: setup
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 demo: setup
 	$(RUN) examples/demo/run.py --output demo-output

@@ -12,7 +12,7 @@ CLOSED = (
     ("slake", "Is a vertebra visible?", "ct_spine_bone ct_spine_soft", "ct_head_bone mr_small"),
     ("slake", "Are both kidneys visible?", "mr_abdomen", "ct_skull_base"),
     ("pathvqa", "Is the optic disc visible?", "fundus fundus_disc", "fundus_macula fundus_periphery"),
-    ("pathvqa", "Is the macula in the centre?", "fundus fundus_macula", "fundus_disc fundus_periphery"),
+    ("pathvqa", "Is this a fundus photograph?", "fundus fundus_macula", "cell phantom"),
     ("pathvqa", "Is a whole cell visible?", "cell", "cell_background"),
     ("quilt_vqa", "Is brown staining seen?", "ihc_glands ihc_round_gland", "cell microaneurysms"),
     ("quilt_vqa", "Is one round gland in the centre?", "ihc_round_gland", "ihc_overview"),

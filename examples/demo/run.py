@@ -6,6 +6,7 @@ the model learns these very questions and one picture by heart. Ends with status
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def write_inputs(folder: Path) -> None:
 
 def medmax(folder: Path, seconds: dict, *arguments: str, done: str = "") -> None:
     """Run one command in `folder`, printed first; skipped if its result `done` exists and it could not continue."""
-    print(f"\n$ medmax {' '.join(arguments)}", flush=True)
+    print(f"\n$ medmax {shlex.join(arguments)}", flush=True)
     start = time.monotonic()
     if done and (folder / done).exists():
         print(f"{done} is there already")
@@ -94,7 +95,7 @@ def run(folder: Path) -> bool:
     write_inputs(folder)
 
     def command(text: str, done: str = "") -> None:
-        medmax(folder, seconds, *text.split(), done=done)
+        medmax(folder, seconds, *shlex.split(text), done=done)
 
     command("init base --size tiny", done="base")
     command("tokenize --input images.csv --ckpt base --output codes")
@@ -108,7 +109,7 @@ def run(folder: Path) -> bool:
     command("convert --input tuned --output tuned_hf --to hf", done="tuned_hf")
     command("eval --data evaluation --ckpt tuned_hf --output after")
     command("generate --ckpt tuned --prompts prompts.jsonl --output drawn --mode image --greedy")
-    command("report before after run drawn store --output report --title medmax_fast_demo")
+    command("report before after run drawn store --output report --title 'medmax_fast demo'")
     return summarize(folder, seconds)
 
 
