@@ -52,4 +52,4 @@ CAPTIONS = {
 # (prompt, picture): what the model learns to draw. A picture has 1,024 targets and must be right in nearly all of
 # them, or one wrong id leads the rest astray, so it stands in every epoch DRAWING_REPEATS times.
 DRAWINGS = (("Generate a histology slide with brown glands.", "ihc_overview"),)
-DRAWING_REPEATS = 12
+DRAWING_REPEATS = 10

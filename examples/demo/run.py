@@ -28,7 +28,7 @@ from questions import CAPTIONS, CHOICES, CLOSED, DESCRIBE, DRAWING_REPEATS, DRAW
 
 EOT = "<reserved08706>"
 FILES = {Path(name).stem: name for name in NAMES}
-TRAINING = "--lora-rank 64 --lora-alpha 64 --lora-dropout 0 --lr 5e-3 --epochs 20 --pack-length 4352 "
+TRAINING = "--lora-rank 64 --lora-alpha 64 --lora-dropout 0 --lr 5e-3 --epochs 24 --pack-length 4352 "
 TRAINING += "--packs-per-step 1 --max-length 2048 --log-every 5"
 # What must come out, or the demo fails.
 LEAST_ACCURACY, LEAST_AGREEMENT = 0.9, 0.8
