@@ -17,6 +17,7 @@ from medmax_fast.generate import grammar, sampling
 from medmax_fast.generate.cache import KVCache
 from medmax_fast.generate.prompts import PromptEncoder
 from medmax_fast.generate.requests import Request, Result, Sample, Stream
+from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model, shape_of
 from medmax_fast.runtime import InputError, pick_device, pick_dtype
 from medmax_fast.vocab import IMAGE_CODES
@@ -50,8 +51,10 @@ class Engine:
     def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "Engine":
         """Load a checkpoint in either layout; InputError names what is wrong with it."""
         device = pick_device(device)
-        model = load_model(path, device, pick_dtype(precision, device))
-        return cls(model, PromptEncoder(path, device))
+        # Opened once: opening checks the files' checksums.
+        checkpoint = open_checkpoint(path)
+        model = load_model(checkpoint, device, pick_dtype(precision, device))
+        return cls(model, PromptEncoder(checkpoint, device))
 
     def decode_image(self, codes: np.ndarray) -> np.ndarray:
         """Pixels uint8 [512, 512, 3] of one picture's codes [1024]."""

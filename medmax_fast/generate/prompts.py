@@ -1,12 +1,10 @@
 """From a request to the ids that are fed: bos, text and images in order, eot, and boi where a picture is due."""
 
-from pathlib import Path
-
 import numpy as np
 
 from medmax_fast.data.images import load_image
 from medmax_fast.generate import grammar
-from medmax_fast.model.checkpoint import open_checkpoint
+from medmax_fast.model.checkpoint import Checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import InputError, hash_file, require_file
 from medmax_fast.vocab import TextTokenizer
@@ -18,10 +16,10 @@ CACHED_IMAGES = 10_000
 class PromptEncoder:
     """Tokenizes the text and images of requests with one checkpoint; its VQGAN is loaded when first needed."""
 
-    def __init__(self, checkpoint: str | Path, device="cpu"):
+    def __init__(self, checkpoint: Checkpoint, device="cpu"):
         self.checkpoint = checkpoint
         self.device = device
-        self.tokenizer = TextTokenizer(open_checkpoint(checkpoint).tokenizer_path)
+        self.tokenizer = TextTokenizer(checkpoint.tokenizer_path)
         self._image_tokenizer: ImageTokenizer | None = None
         self._codes: dict[str, np.ndarray] = {}
 

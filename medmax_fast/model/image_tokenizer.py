@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medmax_fast.model.checkpoint import open_checkpoint
+from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.vqgan import VQGAN
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES
@@ -36,14 +36,14 @@ class ImageTokenizer:
         self._values = torch.from_numpy(_PIXEL_VALUES).to(self.device)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device="cpu", precision: str = "fp32") -> "ImageTokenizer":
-        """Load the VQGAN of a checkpoint folder in either layout; InputError if it is incomplete or mis-shaped."""
-        checkpoint = open_checkpoint(path)
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device="cpu", precision: str = "fp32") -> "ImageTokenizer":
+        """Load the VQGAN of a checkpoint, a folder or open; InputError if it is incomplete or mis-shaped."""
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         state = checkpoint.vqgan_state()
         has_decoder = any(name.startswith("decoder.") for name in state)
         with torch.device("meta"):
             vqgan = VQGAN(checkpoint.vq_config, decoder=has_decoder)
-        check_state(state, vqgan.state_dict(), path)
+        check_state(state, vqgan.state_dict(), checkpoint.path)
         vqgan.load_state_dict({name: state[name].float() for name in vqgan.state_dict()}, assign=True)
         return cls(vqgan, hash_state(state), device, precision)
 

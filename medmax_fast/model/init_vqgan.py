@@ -52,8 +52,7 @@ def colour_vqgan(config: VQConfig, generator: torch.Generator) -> VQGAN:
 
 
 def _fill_encoder(encoder: Encoder) -> None:
-    encoder.conv_in.bias.copy_(_constants(encoder.conv_in.out_channels))
-    _set(encoder.conv_in, _spread(encoder.conv_in.out_channels), keep_bias=True)
+    _fill_input(encoder.conv_in)
     for level in encoder.down:
         if hasattr(level, "downsample"):
             _set(level.downsample.conv, {})
@@ -65,8 +64,7 @@ def _fill_encoder(encoder: Encoder) -> None:
 
 
 def _fill_decoder(decoder: Decoder) -> None:
-    decoder.conv_in.bias.copy_(_constants(decoder.conv_in.out_channels))
-    _set(decoder.conv_in, _spread(decoder.conv_in.out_channels), keep_bias=True)
+    _fill_input(decoder.conv_in)
     for level in decoder.up:
         if hasattr(level, "upsample"):
             _set(level.upsample.conv, {})
@@ -75,6 +73,12 @@ def _fill_decoder(decoder: Decoder) -> None:
             pick[1, 1] = 1.0
             _pass(level.upsample.conv, row[:, None] * row, pick)
     _fill_output(decoder)
+
+
+def _fill_input(conv: nn.Conv2d) -> None:
+    """Colours 0..2 in; +s, -s and the constants out."""
+    _set(conv, _spread(conv.out_channels))
+    conv.bias.copy_(_constants(conv.out_channels))
 
 
 def _fill_output(half: Encoder | Decoder) -> None:
@@ -109,11 +113,10 @@ def _constants(channels: int) -> torch.Tensor:
     return bias
 
 
-def _set(conv: nn.Conv2d, centre: dict[tuple[int, int], float], keep_bias: bool = False) -> None:
+def _set(conv: nn.Conv2d, centre: dict[tuple[int, int], float]) -> None:
     """Zero a convolution but for the given (out, in) weights of its centre tap."""
     conv.weight.zero_()
-    if not keep_bias:
-        conv.bias.zero_()
+    conv.bias.zero_()
     middle = conv.kernel_size[0] // 2
     for (out, channel), value in centre.items():
         conv.weight[out, channel, middle, middle] = value
