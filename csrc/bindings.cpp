@@ -10,6 +10,7 @@
 
 #include "collator.hpp"
 #include "planner.hpp"
+#include "resample.hpp"
 
 namespace py = pybind11;
 
@@ -19,10 +20,11 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 // A vector as a NumPy array that owns it.
-py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
-    auto* owner = new std::vector<int64_t>(std::move(values));
-    py::capsule free(owner, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
-    return py::array_t<int64_t>(static_cast<py::ssize_t>(owner->size()), owner->data(), free);
+template <typename T>
+py::array_t<T> to_numpy(std::vector<T>&& values) {
+    auto* owner = new std::vector<T>(std::move(values));
+    py::capsule free(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+    return py::array_t<T>(static_cast<py::ssize_t>(owner->size()), owner->data(), free);
 }
 
 void require(bool condition, const char* message) {
@@ -82,6 +84,28 @@ void count_targets(const Array<Id>& ids, const Array<int64_t>& offsets, const Ar
     medmax::count_targets(store, rows.data(), static_cast<size_t>(rows.size()), max_length, eot, threads, out);
 }
 
+py::tuple lanczos_weights(int64_t in, int64_t out, int64_t first, int64_t count) {
+    medmax::Filter filter;
+    {
+        py::gil_scoped_release release;
+        filter = medmax::lanczos_filter(in, out, first, count);
+    }
+    return py::make_tuple(to_numpy(std::move(filter.starts)),
+                          to_numpy(std::move(filter.weights)).reshape({count, filter.taps}));
+}
+
+void resample(const Array<uint8_t>& pixels, int64_t full_height, int64_t full_width, int64_t top, int64_t left,
+              Array<uint8_t> out, int threads, bool plain) {
+    require(pixels.ndim() == 3 && (pixels.shape(2) == 3 || pixels.shape(2) == 4), "pixels [height, width, 3 or 4]");
+    require(out.ndim() == 3 && out.shape(2) == 3, "out [height, width, 3]");
+    const medmax::Picture picture{pixels.data(), pixels.shape(0), pixels.shape(1),
+                                  static_cast<int>(pixels.shape(2))};
+    const medmax::Window window{full_height, full_width, top, left, out.shape(0), out.shape(1)};
+    uint8_t* target = out.mutable_data();
+    py::gil_scoped_release release;
+    medmax::resample(picture, window, threads, plain, target);
+}
+
 // The functions over a buffer of ids, once per width of id.
 template <typename Id>
 void define_collator(py::module_& m) {
@@ -99,9 +123,15 @@ void define_collator(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-    m.doc() = "Packing planner and collator; see medmax_fast.data.packing and medmax_fast.data.collate.";
+    m.doc() = "Resampling, packing planner, collator; see medmax_fast.data.{resize,packing,collate}.";
     m.def("plan_packs", &plan_packs, py::arg("lengths").noconvert(), py::arg("capacity"), py::arg("seed"),
           py::arg("epoch"));
+    m.def("lanczos_weights", &lanczos_weights, py::arg("in_size"), py::arg("out_size"), py::arg("first"),
+          py::arg("count"));
+    m.def("resample", &resample, py::arg("pixels").noconvert(), py::arg("full_height"), py::arg("full_width"),
+          py::arg("top"), py::arg("left"), py::arg("out").noconvert(), py::arg("threads") = 1,
+          py::arg("plain") = false);
+    m.def("has_avx2", &medmax::has_avx2);
     define_collator<uint16_t>(m);
     define_collator<uint32_t>(m);
 }
