@@ -23,7 +23,7 @@ COMMANDS = {
     "init": (config.InitConfig, "medmax_fast.model.init", "init"),
     "doctor": (config.DoctorConfig, "medmax_fast.doctor", "doctor"),
     "tokenize": (config.TokenizeConfig, "medmax_fast.tokenization", "tokenize_images"),
-    "decode": (config.DecodeConfig, "medmax_fast.tokenization", "decode_images"),
+    "decode": (config.DecodeConfig, "medmax_fast.decode", "decode_images"),
     "build": (config.BuildConfig, "medmax_fast.data.build", "build"),
     "inspect": (config.InspectConfig, "medmax_fast.report", "inspect_store"),
     "train": (config.TrainConfig, "medmax_fast.train", "train"),

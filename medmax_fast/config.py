@@ -45,17 +45,22 @@ class DoctorConfig:
 class TokenizeConfig:
     """Turn images into VQGAN codes."""
 
-    input: str = required("CSV, Parquet or JSONL with a column of paths, or a folder of images")
+    input: str = required("CSV, Parquet or JSONL with a column of paths, a folder of images, or a tar archive")
     ckpt: str = required("checkpoint folder, in either layout")
     output: str = required("folder for the code Parquet files")
+    archive: str = option("", ".tar or .tar.gz, or its first part, in which the table's paths lie")
     image_key: str = option("", "column of image paths (default: img_path, else image_path)")
     alpha: str = option("whiten", "transparent pixels: blend over white, or drop alpha", ("whiten", "drop"))
-    decoder: str = option("auto", "image decoder (auto is Pillow in this version)", ("auto", "pillow"))
+    depth16: str = option(
+        "pillow",
+        "grey of more than 8 bits: cut off at 255 as published, scale 0..65535, or window by minimum and maximum",
+        ("pillow", "scale", "window"),
+    )
     precision: str = option("fp32", "arithmetic of the encoder", ("fp32", "tf32", "fp16", "bf16"))
     batch_size: int = option(8, "images encoded at a time")
     rows_per_shard: int = option(2048, "input rows per output file")
-    workers: int = option(0, "decoding threads (0: one per core)")
-    max_rejected: int = option(0, "more rejected images than this give exit status 3")
+    workers: int = option(0, "loading threads (0: one per core)")
+    max_rejected: str = option("0", "more rejected images than this, a count or a share such as 1%, give exit status 3")
     device: str = option("auto", "where the encoder runs", DEVICES)
 
 

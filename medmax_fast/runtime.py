@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,24 @@ def require_new(folder: str | Path) -> None:
         raise InputError(f"{folder}: not empty and not made by this command; choose another --output")
 
 
+def require_at_least(config, least: int, *names: str) -> None:
+    """InputError naming the first of these fields of a config that is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected {least} or more")
+
+
+def rejection_limit(text: str | int, inputs: int) -> int:
+    """How many of `inputs` may be rejected: a count (`10`) or a share (`0.5%`); InputError for anything else."""
+    text = str(text).strip()
+    if text.isdecimal():
+        return int(text)
+    share = text.removesuffix("%").strip()
+    if text.endswith("%") and re.fullmatch(r"\d+(\.\d*)?|\.\d+", share) and float(share) <= 100:
+        return int(Fraction(share) / 100 * inputs)
+    raise InputError(f"--max-rejected {text}: expected a count such as 10, or a share such as 0.5%")
+
+
 # ---- processes and devices ----
 
 
@@ -197,33 +217,85 @@ def seed_everything(seed: int) -> None:
 # ---- progress ----
 
 
+class Progress:
+    """A progress bar on a terminal, a plain line every ten seconds in a log, with the rate and the time left.
+
+    total: None where it is not known. done: what was there before this process began, which does not count as speed.
+    """
+
+    SECONDS = 10
+
+    def __init__(self, label: str, total: int | None = None, done: int = 0):
+        self.label, self.total, self.done = label, total, done
+        self._first, self._start = done, time.monotonic()
+        self._last = self._start
+        self._bar = _Bar(label, total, done) if sys.stderr.isatty() else None
+
+    def update(self, done: int, note: Callable[[], str] = str) -> None:
+        """Say that `done` are done by now; note() adds to a line, and is called only when one is due."""
+        self.done = done
+        now = time.monotonic()
+        if self._bar and now - self._last >= 0.1:
+            self._last = now
+            self._bar.show(done, note())
+        elif not self._bar and now - self._last >= self.SECONDS:
+            self._last = now
+            log(f"{self.label}: {self.line()}{note() and ', '}{note()}")
+
+    def line(self) -> str:
+        """Such as `300/1000, 25.0/s, 28 s left`."""
+        rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        if not self.total:
+            return f"{self.done}, {rate:.1f}/s"
+        left = f", {duration((self.total - self.done) / rate)} left" if rate else ""
+        return f"{self.done}/{self.total}, {rate:.1f}/s{left}"
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """Such as `40 s`, `12 min` or `3 h 20 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """Iterate with a progress bar on a terminal, with a plain line every ten seconds in a log."""
+    """Iterate, showing a Progress."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
-    if sys.stderr.isatty():
+    with Progress(label, total) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update(done)
+
+
+class _Bar:
+    def __init__(self, label: str, total: int | None, done: int):
         from rich import progress as rich
         from rich.console import Console
 
-        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
-        columns += (_rate_column(), rich.TimeRemainingColumn())
-        with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield from bar.track(items, total, description=label)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            of = f"/{total}" if total else ""
-            log(f"{label}: {done}{of}, {done / (last - start):.1f}/s")
+        class RateColumn(rich.ProgressColumn):
+            def render(self, task):
+                return "" if task.speed is None else f"{task.speed:.1f}/s"
 
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), RateColumn())
+        columns += (rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[note]}"))
+        self._progress = rich.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(label, total=total, completed=done, note="")
+        self._progress.start()
 
-def _rate_column():
-    from rich import progress as rich
+    def show(self, done: int, note: str) -> None:
+        self._progress.update(self._task, completed=done, note=note)
 
-    class RateColumn(rich.ProgressColumn):
-        def render(self, task):
-            return "" if task.speed is None else f"{task.speed:.1f}/s"
-
-    return RateColumn()
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,160 +1,211 @@
-"""`medmax tokenize` and `medmax decode`: images to codes and codes to pictures.
+"""`medmax tokenize`: images to codes, exactly once.
 
-Work is divided into the fixed shards of data/shards.py: rank r of a torchrun job takes shards r, r + world, .. that
-are not done yet, so a stopped run continues where it was with any number of processes. Threads decode ahead of the
-encoder, across shard boundaries; batches of the encoder never cross one, so that a shard's codes do not depend on
-where the run began. Whoever finds all shards done merges their records.
+Work is divided into the fixed shards of data/shards.py. A process claims a shard, encodes it and publishes it whole;
+what it had claimed when it was killed is free again at once. So any number of processes, under torchrun or started
+by hand on a shared folder, now or later, fill the same folder, and each of them stays until all of it is done.
+Threads load images ahead of the encoder, across shard boundaries. An image's codes do not depend on which others
+share its batch, so they do not depend on where a run began, nor on which contents had been seen before.
 """
 
 import itertools
-import json
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from medmax_fast.config import DecodeConfig, TokenizeConfig, settings_of
-from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
+from medmax_fast.config import TokenizeConfig, settings_of
+from medmax_fast.data.claims import Claims
+from medmax_fast.data.codes import PATH_COLUMN
+from medmax_fast.data.feed import ImageLoader, Loaded, load_ahead
 from medmax_fast.data.image_list import ImageList, read_image_list
-from medmax_fast.data.images import ImageError, load_image
-from medmax_fast.data.shards import Shards
+from medmax_fast.data.shards import Contents, Shard, Shards, totals
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import (
     SETTINGS_FILE,
     InputError,
+    Progress,
     TooManyRejected,
-    atomic_path,
     open_output,
     pick_device,
-    progress,
     rank_and_world,
+    rejection_limit,
+    require_at_least,
 )
 from medmax_fast.vocab import IMAGE_CODES
 
-# decode is summed over threads; wait is what the encoder waited for pixels.
-STAGES = ("decode", "wait", "encode", "write")
-_INDEX_FILE = "index.jsonl"
-# File systems take 255 bytes; room is left for a number, the suffix and the temporary name.
-_STEM_BYTES = 200
+# Seconds of work by stage: the first three are summed over the loading threads. `wait` is beside them: how long the
+# encoder waited for pixels.
+STAGES = ("read", "decode", "preprocess", "encode", "write")
+_ARCHIVE_INDEX = ".archive-index"
+_POLL_SECONDS = 0.2
 
 
 def tokenize_images(config: TokenizeConfig) -> dict:
     """Run `medmax tokenize`; returns its summary. Raises InputError, or TooManyRejected when all shards are done."""
     start = time.monotonic()
-    _require_at_least(config, 1, "batch_size", "rows_per_shard")
-    _require_at_least(config, 0, "workers", "max_rejected")
-    images = read_image_list(config.input, config.image_key)
+    require_at_least(config, 1, "batch_size", "rows_per_shard")
+    require_at_least(config, 0, "workers")
+    rejection_limit(config.max_rejected, 0)
+    index = Path(config.output) / _ARCHIVE_INDEX
+    images = read_image_list(config.input, config.image_key, config.archive, index)
+    limit = rejection_limit(config.max_rejected, len(images.paths))
     tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device), config.precision)
     settings = {
-        **settings_of(config, "alpha", "precision", "rows_per_shard"),
+        **settings_of(config, "alpha", "depth16", "precision", "rows_per_shard"),
         "image_key": images.key,
         "input_sha256": images.sha256,
         "vqgan_sha256": tokenizer.sha256,
     }
     shards = Shards(_open_shared_output(config.output, settings), len(images.paths), config.rows_per_shard)
-    rank, world = rank_and_world()
-    mine = [shard for shard in range(shards.count) if shard % world == rank and not shards.done(shard)]
-    seconds = _run(mine, shards, images, tokenizer, config)
-    # torchrun ends every rank when one fails, so there rank 0 can wait for the others and judge for all of them.
-    elastic = "TORCHELASTIC_RUN_ID" in os.environ and world > 1
-    while elastic and rank == 0 and not shards.all_done():
-        time.sleep(0.2)
-    if shards.all_done():
-        shards.merge(images.base, settings)
-    summary = _summary(shards, seconds, time.monotonic() - start)
-    if summary["complete"] and summary["rejected"] > config.max_rejected and (rank == 0 or not elastic):
-        raise TooManyRejected(summary, config.max_rejected)
+    run = _Run(config, images, tokenizer, shards)
+    run.work()
+    records = shards.records()
+    stages = stage_table(totals(records)["seconds"])
+    shards.merge(images.base, settings, {"stages": stages})
+    summary = _summary(run, records, stages, time.monotonic() - start)
+    # torchrun ends every rank when one fails, so there rank 0 judges for all of them.
+    judge = rank_and_world()[0] == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
+    if judge and summary["rejected"] > limit:
+        raise TooManyRejected(summary, limit)
     return summary
 
 
-def _summary(shards: Shards, seconds: Counter, elapsed: float) -> dict:
-    records = shards.records()
+def stage_table(seconds: dict[str, float]) -> list[dict]:
+    """Per stage its seconds and its share of the work of all stages."""
+    work = sum(seconds.get(stage, 0.0) for stage in STAGES) or 1.0
+    return [
+        {
+            "stage": stage,
+            "seconds": round(seconds.get(stage, 0.0), 3),
+            "share": round(seconds.get(stage, 0.0) / work, 4),
+        }
+        for stage in STAGES
+    ]
+
+
+def _summary(run: "_Run", records: list[dict], stages: list[dict], elapsed: float) -> dict:
+    sums = totals(records)
     return {
-        "output": str(shards.folder),
-        "images": sum(record["rows"] for record in records),
-        "rejected": sum(len(record["rejected"]) for record in records),
+        "output": str(run.shards.folder),
+        **{name: sums[name] for name in ("images", "encoded", "rejected")},
+        **{f"{note}_images": count for note, count in sums["notes"].items()},
         "shards": len(records),
-        "complete": len(records) == shards.count,
+        "images_here": run.images_here,
+        "images_per_second": round(run.images_here / elapsed, 2),
+        "wait_seconds": round(sums["seconds"].get("wait", 0.0), 3),
         "seconds": round(elapsed, 3),
-        **{f"{stage}_seconds": round(seconds[stage], 3) for stage in STAGES},
+        "stages": stages,
     }
 
 
-def _run(mine: list[int], shards: Shards, images: ImageList, tokenizer: ImageTokenizer, config) -> Counter:
-    """Decode, encode and publish the shards `mine`; seconds per stage."""
-    total: Counter = Counter()
-    workers = config.workers or os.cpu_count() or 1
-    tasks = ((shard, row) for shard in mine for row in shards.rows(shard))
-    results = decode_ahead(
-        tasks, lambda task: _load(images.file(task[1]), config.alpha), workers, workers + 4 * config.batch_size
-    )
-    if rank_and_world()[0] == 0:
-        results = progress(results, "tokenize (images)", sum(len(shards.rows(shard)) for shard in mine))
-    for shard, group in itertools.groupby(results, key=lambda result: result[0][0]):
-        seconds: Counter = Counter(dict.fromkeys(STAGES, 0.0))
-        rows, codes, reasons = _encode_shard(group, tokenizer, config.batch_size, seconds)
-        rejected = [{PATH_COLUMN: images.paths[row], "reason": reason, "row": row} for row, reason in reasons]
-        total.update(shards.publish(shard, [images.paths[row] for row in rows], codes, rejected, dict(seconds)))
-    return total
+class _Run:
+    """One process's share of the work on a folder."""
 
+    def __init__(self, config: TokenizeConfig, images: ImageList, tokenizer: ImageTokenizer, shards: Shards):
+        self.config, self.images, self.tokenizer, self.shards = config, images, tokenizer, shards
+        self.contents = Contents(shards, tokenizer.num_codes)
+        self.loader = ImageLoader(images, config.alpha, config.depth16, self.contents)
+        self.images_here = 0
+        self.seconds: Counter = Counter()
 
-def decode_ahead(tasks: Iterable, load: Callable, workers: int, ahead: int) -> Iterator[tuple]:
-    """Yield (task, load(task), seconds waited for it) in order, with `ahead` tasks under way in `workers` threads."""
-    tasks, under_way = iter(tasks), deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        while True:
-            for task in itertools.islice(tasks, ahead - len(under_way)):
-                under_way.append((task, pool.submit(load, task)))
-            if not under_way:
-                return
-            task, future = under_way.popleft()
-            start = time.monotonic()
-            yield task, future.result(), time.monotonic() - start
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def work(self) -> None:
+        """Publish shards until all are done, by whomever."""
+        self.contents.refresh()
+        done = self.contents.images_done
+        with (
+            Claims(self.shards.claims_path) as claims,
+            Progress("tokenize (images)", self.shards.images, done) as self.progress,
+        ):
+            while self.shards.left():
+                if not self._pass(claims):
+                    # The rest is in other processes' hands; should one of them die, its claims become free.
+                    time.sleep(_POLL_SECONDS)
 
+    def _pass(self, claims: Claims) -> int:
+        """Claim and publish what is left and free; returns the number of shards."""
+        workers = self.config.workers or len(os.sched_getaffinity(0))
+        tasks = ((shard, row) for shard in self._claim(claims) for row in self.shards.rows(shard))
+        results = load_ahead(
+            tasks, lambda task: self.loader(task[1]), workers, ahead=workers + 2 * self.config.batch_size
+        )
+        count = 0
+        for shard, group in itertools.groupby(results, key=lambda result: result[0][0]):
+            self.seconds.update(self.shards.publish(shard, self._encode(group)))
+            claims.give_back(shard)
+            self.contents.refresh()
+            count += 1
+        return count
 
-def _load(path: str, alpha: str) -> tuple[np.ndarray | str, float]:
-    """(pixels, or the reason why there are none; seconds)."""
-    start = time.monotonic()
-    try:
-        result = load_image(path, alpha)
-    except ImageError as error:
-        result = error.reason
-    return result, time.monotonic() - start
+    def _claim(self, claims: Claims) -> Iterator[int]:
+        left = self.shards.left()
+        if not claims.work:
+            # Without locks processes that begin at different places meet least.
+            rank, world = rank_and_world()
+            first = len(left) * rank // world
+            left = left[first:] + left[:first]
+        for shard in left:
+            if claims.take(shard):
+                # It may have been published between the look and the claim.
+                if shard in self.shards.left():
+                    self.shards.remove_leftovers(shard)
+                    yield shard
+                else:
+                    claims.give_back(shard)
 
-
-def _encode_shard(results: Iterable[tuple], tokenizer: ImageTokenizer, batch_size: int, seconds: Counter):
-    """(rows, codes uint16 [n, 1024], (row, reason) of rejected rows) of one shard's decoded images."""
-    rows: list[int] = []
-    reasons: list[tuple[int, str]] = []
-    pixels: list[np.ndarray] = []
-    codes = [np.zeros((0, IMAGE_CODES), np.uint16)]
-
-    def encode() -> None:
+    def _encode(self, results: Iterable[tuple]) -> Shard:
+        """The codes and the record of one shard's images."""
         start = time.monotonic()
-        codes.append(tokenizer.encode(np.stack(pixels)).astype(np.uint16))
-        pixels.clear()
-        seconds["encode"] += time.monotonic() - start
+        seconds: Counter = Counter(dict.fromkeys(STAGES, 0.0))
+        notes: Counter = Counter()
+        paths, digests, rejected, copies, pixels = [], [], [], [], []
+        encoded = [np.zeros((0, IMAGE_CODES), np.uint16)]
+        # Where each content of this shard stands among the encoded ones.
+        places: dict[bytes, int] = {}
 
-    for (_, row), (result, decode_seconds), waited in results:
-        seconds["decode"] += decode_seconds
-        seconds["wait"] += waited
-        if isinstance(result, str):
-            reasons.append((row, result))
-            continue
-        rows.append(row)
-        pixels.append(result)
-        if len(pixels) == batch_size:
+        def encode() -> None:
+            begin = time.monotonic()
+            encoded.append(self.tokenizer.encode(np.stack(pixels)).astype(np.uint16))
+            pixels.clear()
+            seconds["encode"] += time.monotonic() - begin
+
+        for (_, row), loaded, waited in results:
+            seconds.update({**loaded.seconds, "wait": waited})
+            self._show(seconds, len(paths) + len(rejected) + 1)
+            if loaded.reason is not None:
+                entry = {PATH_COLUMN: self.images.paths[row], "reason": loaded.reason, "row": row}
+                rejected.append(entry | {"sha256": loaded.sha256})
+                continue
+            paths.append(self.images.paths[row])
+            digests.append(loaded.digest)
+            notes.update(loaded.notes)
+            if loaded.digest in self.contents:
+                copies.append((len(paths) - 1, self.contents.codes(loaded.digest)))
+            elif loaded.digest not in places:
+                places[loaded.digest] = len(places)
+                pixels.append(loaded.pixels)
+                if len(pixels) == self.config.batch_size:
+                    encode()
+        if pixels:
             encode()
-    if pixels:
-        encode()
-    return rows, np.concatenate(codes), reasons
+        table = np.concatenate(encoded)
+        codes = np.empty((len(paths), IMAGE_CODES), np.uint16)
+        for position, digest in enumerate(digests):
+            if digest in places:
+                codes[position] = table[places[digest]]
+        for position, found in copies:
+            codes[position] = found
+        self.images_here += len(paths) + len(rejected)
+        seconds["total"] = time.monotonic() - start
+        return Shard(paths, codes, digests, len(places), rejected, dict(notes), dict(seconds))
+
+    def _show(self, seconds: Counter, done_in_shard: int) -> None:
+        def note() -> str:
+            return ", ".join(f"{row['stage']} {row['share']:.0%}" for row in stage_table(self.seconds + seconds))
+
+        self.progress.update(self.contents.images_done + done_in_shard, note)
 
 
 def _open_shared_output(folder: str | Path, settings: dict) -> Path:
@@ -165,67 +216,3 @@ def _open_shared_output(folder: str | Path, settings: dict) -> Path:
             raise
         # Another rank may have made the folder between the look and the refusal: judge it by its settings.
         return open_output(folder, "tokenize", settings)
-
-
-def _require_at_least(config, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected {least} or more")
-
-
-def decode_images(config: DecodeConfig) -> dict:
-    """Run `medmax decode`: one PNG per row of a code table, and index.jsonl with img_path, file and row of each."""
-    start = time.monotonic()
-    _require_at_least(config, 1, "batch_size")
-    files = code_files(config.input)
-    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device))
-    num_codes = tokenizer.vqgan.config.n_embed
-    # What can be wrong is found before the first picture is drawn: every code, and a checkpoint without a decoder.
-    paths = [path for file in files for names, _ in read_codes(file, num_codes) for path in names]
-    if tokenizer.vqgan.decoder is None:
-        raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; expected one in the Chameleon layout")
-    settings = {"codes_sha256": codes_fingerprint(config.input), "vqgan_sha256": tokenizer.sha256}
-    output = open_output(config.output, "decode", settings)
-    names = picture_names(paths)
-    rows = (codes for file in files for _, batch in read_codes(file, num_codes) for codes in batch)
-    missing = ((name, codes) for name, codes in zip(names, rows, strict=True) if not (output / name).exists())
-    drawn = 0
-    for name, pixels in progress(_draw(missing, tokenizer, config.batch_size), "decode (pictures)"):
-        write_png(output / name, pixels)
-        drawn += 1
-    with atomic_path(output / _INDEX_FILE) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row, (path, name) in enumerate(zip(paths, names, strict=True)):
-            file.write(json.dumps({PATH_COLUMN: path, "file": name, "row": row}) + "\n")
-    seconds = round(time.monotonic() - start, 3)
-    return {"output": str(output), "pictures": len(names), "drawn_now": drawn, "seconds": seconds}
-
-
-def _draw(rows: Iterable[tuple[str, np.ndarray]], tokenizer: ImageTokenizer, batch_size: int) -> Iterator[tuple]:
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, batch_size)):
-        pictures = tokenizer.decode(np.stack([codes for _, codes in batch]))
-        yield from zip((name for name, _ in batch), pictures, strict=True)
-
-
-def picture_names(paths: Iterable[str]) -> list[str]:
-    """A PNG name per image path: its stem, with -1, -2, .. after it where that is taken (letter case ignored)."""
-    used: set[str] = set()
-    names = []
-    for path in paths:
-        stem = Path(path).stem.encode()[:_STEM_BYTES].decode(errors="ignore") or "image"
-        name = stem
-        for number in itertools.count(1):
-            if name.lower() not in used:
-                break
-            name = f"{stem}-{number}"
-        used.add(name.lower())
-        names.append(f"{name}.png")
-    return names
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as PNG, atomically."""
-    from PIL import Image
-
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")

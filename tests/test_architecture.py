@@ -21,6 +21,7 @@ ALLOWED = {
     "page": set(),
     "pictures": {"page"},
     "tokenization": {"data", "model"},
+    "decode": {"data", "model"},
     "score": {"data", "model"},
     "training": {"training", "data", "model", "figures"},
     "train": {"training", "data", "model", "figures"},
@@ -30,7 +31,7 @@ ALLOWED = {
 }
 BASE = {"vocab", "config", "runtime"}
 # Imported in one place each, where they are used.
-SINGLE = {"flash_attn": 1, "deepspeed": 1, "nvidia": 1, "matplotlib": 1, "markdown_it": 1}
+SINGLE = {"flash_attn": 1, "deepspeed": 1, "nvidia": 1, "matplotlib": 1, "markdown_it": 1, "pydicom": 1}
 
 
 def imports(path: Path):

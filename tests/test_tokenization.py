@@ -19,9 +19,10 @@ from pyarrow import parquet
 
 from medmax_fast import runtime, tokenization
 from medmax_fast.cli import main
+from medmax_fast.data.feed import load_ahead
 from medmax_fast.data.images import load_image
+from medmax_fast.decode import picture_names
 from medmax_fast.runtime import InputError
-from medmax_fast.tokenization import decode_ahead, picture_names
 from medmax_fast.vocab import IMAGE_CODES
 
 
@@ -29,6 +30,7 @@ class FakeTokenizer:
     """Codes drawn from a hash of the pixels; raises after `budget` images, as a killed process would stop."""
 
     sha256 = "fake"
+    num_codes = 8192
     budget = None
     sizes: list[int] = []
 
@@ -105,7 +107,7 @@ def test_golden_codes(golden, tmp_path, capsys):
         file.write("image_path\n" + "".join(f"{golden}/images/{name}\n" for name in expected))
     assert tokenize(tmp_path / "table.csv", tmp_path / "codes", ckpt=golden / "checkpoint") == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (summary["images"], summary["rejected"], summary["shards"], summary["complete"]) == (21, 0, 5, True)
+    assert (summary["images"], summary["encoded"], summary["rejected"], summary["shards"]) == (21, 21, 0, 5)
     rows = read_table(tmp_path / "codes")
     assert [path for path, _ in rows] == [f"{golden}/images/{name}" for name in expected]
     for (path, codes), answer in zip(rows, expected.values(), strict=True):
@@ -136,6 +138,9 @@ def check_pictures_table(pictures, codes):
     assert [(entry["row"], entry["img_path"]) for entry in rejected] == [(i, paths[i]) for i in bad]
     for entry in rejected:
         assert entry["reason"].startswith(bad[entry["row"]])
+        file = pictures / entry["img_path"]
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        assert entry["sha256"] == digest
     manifest = json.loads((codes / "manifest.json").read_text())
     assert manifest["images"] == 20 and manifest["rejected"] == 4 and len(manifest["shards"]) == 5
     for shard in manifest["shards"]:
@@ -185,16 +190,16 @@ def test_a_codes_file_without_its_record_is_made_again(fake, pictures, tmp_path)
     assert sum(fake.sizes) == 4 and hashes(tmp_path / "codes") == before
 
 
-def test_ranks_share_the_shards(fake, pictures, tmp_path, monkeypatch, capsys):
+def test_any_process_can_do_all_of_it(fake, pictures, tmp_path, monkeypatch, capsys):
+    # A rank whose companions never came does their shards too, and leaves the judgement to rank 0 under torchrun.
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert tokenize(pictures / "table.csv", tmp_path / "codes") == 0
-    found = sorted(path.name for path in (tmp_path / "codes").glob("*.parquet"))
-    assert found == ["codes-00001.parquet", "codes-00003.parquet"]
-    assert capsys.readouterr().out == "" and not (tmp_path / "codes" / "manifest.json").exists()
-    monkeypatch.setenv("RANK", "0")
-    assert tokenize(pictures / "table.csv", tmp_path / "codes") == 3
+    assert capsys.readouterr().out == ""
     check_pictures_table(pictures, tmp_path / "codes")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert tokenize(pictures / "table.csv", tmp_path / "codes") == 3
 
 
 def test_two_ranks_making_the_folder_at_once(tmp_path, monkeypatch):
@@ -228,7 +233,8 @@ def test_lists_of_paths_in_rows(fake, pictures, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert tokenize(tmp_path / "rows.jsonl", tmp_path / "codes", "--max-rejected", "1") == 0
     assert [path for path, _ in read_table(tmp_path / "codes")] == rows[0]["image_path"]
-    assert read_lines(tmp_path / "codes" / "rejected.jsonl") == [{"img_path": "", "reason": "empty path", "row": 2}]
+    entry = {"img_path": "", "reason": "empty path", "row": 2, "sha256": None}
+    assert read_lines(tmp_path / "codes" / "rejected.jsonl") == [entry]
 
 
 def test_batches_never_cross_a_shard(fake, pictures, tmp_path):
@@ -304,6 +310,7 @@ def test_a_folder_made_with_other_settings_is_refused(fake, pictures, tmp_path, 
         (pictures / "table.csv", ("--alpha", "drop"), "alpha"),
         (pictures / "table.csv", ("--rows-per-shard", "6"), "rows_per_shard"),
         (pictures / "table.csv", ("--precision", "bf16"), "precision"),
+        (pictures / "table.csv", ("--depth16", "scale"), "depth16"),
         (tmp_path / "other.csv", (), "image_key"),
         (pictures / "images", (), "image_key"),
     ]:
@@ -313,7 +320,7 @@ def test_a_folder_made_with_other_settings_is_refused(fake, pictures, tmp_path, 
     assert hashes(tmp_path / "codes") == before
 
 
-def test_decode_ahead_keeps_order_and_a_bounded_number_under_way():
+def test_load_ahead_keeps_order_and_a_bounded_number_under_way():
     started, finished, most = 0, 0, 0
 
     def load(task):
@@ -326,7 +333,7 @@ def test_decode_ahead_keeps_order_and_a_bounded_number_under_way():
             started += 1
             yield task
 
-    results = decode_ahead(tasks(), load, workers=4, ahead=7)
+    results = load_ahead(tasks(), load, workers=4, ahead=7)
     assert started == 0
     for expected, (task, value, _) in enumerate(results):
         most = max(most, started - finished)

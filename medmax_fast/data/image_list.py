@@ -1,11 +1,12 @@
-"""The images that a command is asked to read: a column of paths in a table, or a folder."""
+"""The images that a command is asked to read: a column of paths in a table, a folder, or a tar archive."""
 
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmax_fast.data.images import list_images
+from medmax_fast.data.archive import Archive, is_archive
+from medmax_fast.data.images import SUFFIXES, ImageError, list_images, read_file
 from medmax_fast.data.rows import column_names, place, read_rows, typed
 from medmax_fast.runtime import InputError, hash_file
 
@@ -16,28 +17,45 @@ DEFAULT_KEYS = ("img_path", "image_path")
 class ImageList:
     """paths: as given, one per image ("" where a row has none). base: absolute folder that relative ones start from.
 
-    key: the column they come from ("" for a folder). sha256: of the table's bytes, or of the folder's listing.
+    key: the column they come from ("" without a table). sha256: of the table's bytes, or of the folder's or archive's
+    listing. archive: where the images lie, if not in files of their own.
     """
 
     paths: list[str]
     base: str
     key: str
     sha256: str
+    archive: Archive | None = None
 
-    def file(self, index: int) -> str:
-        """The file of one image, "" where the row has none."""
-        return self.paths[index] and os.path.join(self.base, self.paths[index])
+    def read(self, index: int) -> bytes:
+        """The bytes of one image, from any thread; ImageError if it cannot be read."""
+        path = self.paths[index]
+        if self.archive is None or not path:
+            return read_file(path and os.path.join(self.base, path))
+        if (member := self.archive.find(path)) is None:
+            raise ImageError(path, "not in the archive")
+        return self.archive.read(member)
 
 
-def read_image_list(source: str | Path, key: str = "") -> ImageList:
-    """Paths of a table (CSV, Parquet, JSONL; a cell may be a list of paths) or of a folder, searched recursively.
+def read_image_list(
+    source: str | Path, key: str = "", archive: str | Path = "", archive_index: str | Path | None = None
+) -> ImageList:
+    """Paths of a table (CSV, Parquet, JSONL; a cell may be a list of paths), of a folder, or of a tar archive.
 
-    In a table relative paths start from the table's folder; for a folder `img_path` is what one would write in a
-    table in the working directory. InputError: missing or empty input, no such column, a cell of another type.
+    In a table relative paths start from the table's folder, or are names in `archive` if one is given; for a folder,
+    which is searched recursively, `img_path` is what one would write in a table in the working directory. Images in
+    a gzip archive are put into its order, the only one it can be read in at speed. archive_index: see Archive.open.
+    InputError: missing or empty input, no such column, a cell of another type, a broken archive.
     """
+    if not Path(source).is_dir() and is_archive(source):
+        if key or archive:
+            flag = f"--image-key {key}" if key else f"--archive {archive}"
+            raise InputError(f"{flag}: {source} is an archive, expected a table")
+        return _from_archive(source, archive_index)
     if Path(source).is_dir():
-        if key:
-            raise InputError(f"--image-key {key}: {source} is a folder, which has no columns")
+        if key or archive:
+            flag = f"--image-key {key}" if key else f"--archive {archive}"
+            raise InputError(f"{flag}: {source} is a folder, expected a table")
         return _from_folder(source)
     names = column_names(source)
     key = _choose_key(source, names, key)
@@ -53,7 +71,13 @@ def read_image_list(source: str | Path, key: str = "") -> ImageList:
         paths += cells
     if not paths:
         raise InputError(f"{source}: no rows, expected one image path per row")
-    return ImageList(paths, os.path.realpath(Path(source).parent), key, hash_file(source))
+    base, digest = os.path.realpath(Path(source).parent), hash_file(source)
+    if not archive:
+        return ImageList(paths, base, key, digest)
+    listing = Archive.open(archive, archive_index)
+    if listing.sequential:
+        paths.sort(key=lambda path: len(listing) if (member := listing.find(path)) is None else member)
+    return ImageList(paths, base, key, f"{digest} {listing.sha256}", listing)
 
 
 def _choose_key(source: str | Path, names: list[str], key: str) -> str:
@@ -63,6 +87,14 @@ def _choose_key(source: str | Path, names: list[str], key: str) -> str:
             return name
     found = ", ".join(names) or "none"
     raise InputError(f"{source}: no column {' or '.join(map(repr, wanted))}, found {found}; see --image-key")
+
+
+def _from_archive(source: str | Path, index: str | Path | None) -> ImageList:
+    archive = Archive.open(source, index)
+    paths = [name for name in archive.names if name.lower().endswith(SUFFIXES)]
+    if not paths:
+        raise InputError(f"{source}: no image files in this archive")
+    return ImageList(paths, os.path.realpath(Path(source).parent), "", archive.sha256, archive)
 
 
 def _from_folder(source: str | Path) -> ImageList:

@@ -1,33 +1,35 @@
-"""Image files to the exact 512 x 512 pixels that the published encoder saw, on Pillow.
+"""Image files to pixels: read, recognised, decoded by Pillow (DICOM by pydicom), made RGB.
 
-Alpha over white (or dropped), RGB, the shorter side to 512 with Pillow's LANCZOS, centre crop, uint8. EXIF
-orientation is ignored, as it was when the published tokens were made. This is the definition that every faster
-path is held against; it costs about 20 ms for a megapixel, nearly all of it in Pillow without the GIL, so a thread
-pool scales. A file that cannot be read whole is an ImageError with its path and the reason, never a black image.
+`load_image` goes on to the exact 512 x 512 pixels that the published encoder saw. Nearly all of the time is spent
+without the GIL, so a thread pool scales. A file that cannot be read whole is an ImageError with its path and the
+reason, never a black image.
 """
 
+import io
 import os
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
 
+from medmax_fast.data.dicom import decode_dicom, is_dicom
+from medmax_fast.data.modes import ALPHA_MODES, DEPTH16_MODES, to_rgb
+from medmax_fast.data.resize import fit, resized_size
 from medmax_fast.runtime import InputError
-
-SIDE = 512
-ALPHA_MODES = ("whiten", "drop")
 
 # Only formats that are decoded in process: Pillow would hand EPS files to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "PPM", "AVIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".ppm", ".pgm", ".avif", ".dcm")
 
 # Pixels of a file, and of its resized form (a strip of 512 x 349,525 would take 0.7 GB): Pillow's own error limit,
 # restated because programs switch that one off.
 MAX_PIXELS = 178_956_970
+MAX_BYTES = 1 << 31
 
 # What Pillow's parsers raise on files that lie about themselves, found by fuzzing and from their sources.
 _DECODER_ERRORS = (
@@ -58,47 +60,81 @@ class ImageError(InputError):
         self.reason = reason
 
 
-def load_image(source: str | os.PathLike | BinaryIO, alpha: str = "whiten") -> np.ndarray:
+@dataclass(frozen=True)
+class Picture:
+    """pixels: uint8 [H, W, 3], or [H, W, 4] with a last byte to ignore. notes: policies of data/modes.py that applied."""
+
+    pixels: np.ndarray
+    notes: list[str]
+
+
+def load_image(source: str | os.PathLike | BinaryIO, alpha: str = "whiten", depth16: str = "pillow") -> np.ndarray:
     """Preprocessed pixels, uint8 [512, 512, 3], of a file or an open binary stream.
 
     alpha: `whiten` blends transparent pixels over white, `drop` discards the alpha channel (how the published
-    data set's own tokens were made). Raises ImageError.
+    data set's own tokens were made). depth16: see data/modes.py. Raises ImageError.
     """
-    assert alpha in ALPHA_MODES, alpha
-    name = str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "image"))
+    if isinstance(source, str | os.PathLike):
+        name, data = str(source), read_file(source)
+    else:
+        name, data = str(getattr(source, "name", "image")), source.read()
+    return fit(decode(data, name, alpha, depth16).pixels)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """All bytes of an image file; ImageError for what is no file, and for one of 2 GiB or more."""
+    name = os.fspath(path)
+    if not name:
+        raise ImageError(name, "empty path")
     try:
-        with _open(source, name) as image:
-            return fit(image.convert("RGB") if alpha == "drop" else whiten(image))
+        # Opening a pipe or a device would wait for ever.
+        if os.path.exists(name) and not os.path.isfile(name):
+            kind = "folder" if os.path.isdir(name) else "device or pipe"
+            raise ImageError(name, f"a {kind}, expected an image file")
+        with open(name, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError as error:
+        raise ImageError(name, "no such file") from error
+    except PermissionError as error:
+        raise ImageError(name, "not allowed to read it") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(name, f"cannot be read ({_one_line(error)})") from error
+    if len(data) == MAX_BYTES:
+        raise ImageError(name, f"{MAX_BYTES} bytes or more, expected an image file")
+    return data
+
+
+def decode(data: bytes, name: str, alpha: str = "whiten", depth16: str = "pillow", packed: bool = False) -> Picture:
+    """Full-size RGB pixels of an image file's bytes; ImageError under `name`.
+
+    packed: three bytes a pixel, at the price of a copy; otherwise Pillow's own memory is used where it can be.
+    """
+    assert alpha in ALPHA_MODES and depth16 in DEPTH16_MODES, (alpha, depth16)
+    try:
+        if is_dicom(data[:256]):
+            pixels = decode_dicom(data)
+            _check_size(name, pixels.shape[1], pixels.shape[0])
+            return Picture(pixels, [])
+        with _open(data, name) as image:
+            rgb, notes = to_rgb(image, alpha, depth16)
+            return Picture(np.asarray(rgb) if packed else _view(rgb), notes)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        raise ImageError(name, _reason(source, error)) from error
+        raise ImageError(name, _reason(data, error)) from error
 
 
-def whiten(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode, blended over white where some alpha is below 255."""
-    if image.mode == "RGB":
-        return image
-    rgba = np.asarray(image.convert("RGBA"))
-    if rgba[:, :, 3].min() == 255:
-        return image.convert("RGB")
-    # Float64 and truncation are part of the definition: rounding moves values by one.
-    alpha = rgba[:, :, 3:] / 255.0
-    return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[:, :, :3]).astype(np.uint8))
+def _view(image: Image.Image) -> np.ndarray:
+    """Pixels of an RGB image without a copy where Pillow keeps them in one piece: uint8 [H, W, 4], else [H, W, 3]."""
+    if not hasattr(image, "__arrow_c_array__"):
+        return np.asarray(image)
+    import pyarrow
 
-
-def resized_size(width: int, height: int) -> tuple[int, int]:
-    """Size after the shorter side is scaled to 512, with Python's rounding."""
-    scale = SIDE / min(width, height)
-    return round(scale * width), round(scale * height)
-
-
-def fit(image: Image.Image) -> np.ndarray:
-    """Resize an RGB image and cut out its centre: uint8 [512, 512, 3]."""
-    width, height = resized_size(*image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.array(image.crop((left, top, left + SIDE, top + SIDE)))
+    try:
+        pixels = pyarrow.array(image)
+    except ValueError:
+        return np.asarray(image)
+    return pixels.flatten().to_numpy().reshape(image.height, image.width, 4)
 
 
 def list_images(folder: str | Path) -> list[str]:
@@ -112,53 +148,38 @@ def list_images(folder: str | Path) -> list[str]:
     return sorted(names)
 
 
-def _open(source, name: str) -> Image.Image:
+def _open(data: bytes, name: str) -> Image.Image:
     # A library in the same process may have asked Pillow to fill the missing part of a file with black.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     Image.preinit()
     if any(format not in Image.OPEN for format in FORMATS):
         Image.init()
-    if isinstance(source, str) and not source:
-        raise ImageError(name, "empty path")
-    # Opening a pipe or a device would wait for ever.
-    if isinstance(source, str | os.PathLike) and os.path.exists(source) and not os.path.isfile(source):
-        raise ImageError(name, f"a {'folder' if os.path.isdir(source) else 'device or pipe'}, expected an image file")
-    image = Image.open(source, formats=[format for format in FORMATS if format in Image.OPEN])
-    width, height = image.size
+    image = Image.open(io.BytesIO(data), formats=[format for format in FORMATS if format in Image.OPEN])
+    _check_size(name, *image.size)
+    image.load()
+    return image
+
+
+def _check_size(name: str, width: int, height: int) -> None:
     if min(width, height) < 1 or width * height > MAX_PIXELS:
         raise ImageError(name, f"{width} x {height} pixels, expected at most {MAX_PIXELS}")
     wide, high = resized_size(width, height)
     if wide * high > MAX_PIXELS:
         raise ImageError(name, f"{width} x {height} pixels would be resized to {wide} x {high}, too thin to use")
-    image.load()
-    return image
 
 
-def _reason(source, error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, PermissionError):
-        return "not allowed to read it"
+def _reason(data: bytes, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb, expected at most {MAX_PIXELS} pixels"
-    head = _head(source)
-    if head == b"":
+    if not data:
         return "empty file"
     if isinstance(error, Image.UnidentifiedImageError):
-        start = head.lstrip().lower()
+        start = data[:64].lstrip().lower()
         if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
             return "an HTML or XML page, not an image"
-        return f"not an image, or cut off in its header (starts with {head[:16]!r})"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"broken image ({text})"
+        return f"not an image, or cut off in its header (starts with {data[:16]!r})"
+    return f"broken image ({_one_line(error)})"
 
 
-def _head(source) -> bytes:
-    try:
-        if isinstance(source, str | os.PathLike):
-            with open(source, "rb") as file:
-                return file.read(64)
-        source.seek(0)
-        return source.read(64)
-    except (OSError, ValueError):
-        return b"?"
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,76 @@
+"""`medmax decode`: codes back to pictures."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from medmax_fast.config import DecodeConfig
+from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
+from medmax_fast.model.image_tokenizer import ImageTokenizer
+from medmax_fast.runtime import InputError, atomic_path, open_output, pick_device, progress, require_at_least
+
+_INDEX_FILE = "index.jsonl"
+# File systems take 255 bytes; room is left for a number, the suffix and the temporary name.
+_STEM_BYTES = 200
+
+
+def decode_images(config: DecodeConfig) -> dict:
+    """Run `medmax decode`: one PNG per row of a code table, and index.jsonl with img_path, file and row of each."""
+    start = time.monotonic()
+    require_at_least(config, 1, "batch_size")
+    files = code_files(config.input)
+    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device))
+    num_codes = tokenizer.vqgan.config.n_embed
+    # What can be wrong is found before the first picture is drawn: every code, and a checkpoint without a decoder.
+    paths = [path for file in files for names, _ in read_codes(file, num_codes) for path in names]
+    if tokenizer.vqgan.decoder is None:
+        raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; expected one in the Chameleon layout")
+    settings = {"codes_sha256": codes_fingerprint(config.input), "vqgan_sha256": tokenizer.sha256}
+    output = open_output(config.output, "decode", settings)
+    names = picture_names(paths)
+    rows = (codes for file in files for _, batch in read_codes(file, num_codes) for codes in batch)
+    missing = ((name, codes) for name, codes in zip(names, rows, strict=True) if not (output / name).exists())
+    drawn = 0
+    for name, pixels in progress(_draw(missing, tokenizer, config.batch_size), "decode (pictures)"):
+        write_png(output / name, pixels)
+        drawn += 1
+    with atomic_path(output / _INDEX_FILE) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row, (path, name) in enumerate(zip(paths, names, strict=True)):
+            file.write(json.dumps({PATH_COLUMN: path, "file": name, "row": row}) + "\n")
+    seconds = round(time.monotonic() - start, 3)
+    return {"output": str(output), "pictures": len(names), "drawn_now": drawn, "seconds": seconds}
+
+
+def _draw(rows: Iterable[tuple[str, np.ndarray]], tokenizer: ImageTokenizer, batch_size: int) -> Iterator[tuple]:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, batch_size)):
+        pictures = tokenizer.decode(np.stack([codes for _, codes in batch]))
+        yield from zip((name for name, _ in batch), pictures, strict=True)
+
+
+def picture_names(paths: Iterable[str]) -> list[str]:
+    """A PNG name per image path: its stem, with -1, -2, .. after it where that is taken (letter case ignored)."""
+    used: set[str] = set()
+    names = []
+    for path in paths:
+        stem = Path(path).stem.encode()[:_STEM_BYTES].decode(errors="ignore") or "image"
+        name = stem
+        for number in itertools.count(1):
+            if name.lower() not in used:
+                break
+            name = f"{stem}-{number}"
+        used.add(name.lower())
+        names.append(f"{name}.png")
+    return names
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] as PNG, atomically."""
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
