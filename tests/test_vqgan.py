@@ -8,12 +8,34 @@ import torch
 from PIL import Image
 
 from medmax_fast.data.images import load_image
+from medmax_fast.kernels import group_norm
+from medmax_fast.model import vqgan as vqgan_module
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.model.init_vqgan import LEVELS, colour_vqgan
-from medmax_fast.model.vqgan import VQConfig
+from medmax_fast.model.vqgan import VQGAN, VQConfig
 from medmax_fast.runtime import InputError
+
+# A small encoder with 32 x 32 codes, as a 16-bit convolution takes minutes a picture on most CPUs.
+SMALL = VQConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, embed_dim=16, resolution=64)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def small_tokenizer(precision="fp32", device="cpu", batch_size=None):
+    """Random weights, the same on every call; the codebook is drawn from latents, so that codes are diverse."""
+    generator = torch.Generator().manual_seed(5)
+    vqgan = VQGAN(SMALL).requires_grad_(False)
+    for parameter in vqgan.parameters():
+        bound = (parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    latents = vqgan.quant_conv(vqgan.encoder(torch.rand(8, 3, 64, 64, generator=generator) * 2 - 1))
+    vqgan.quantize.embedding.weight.copy_(latents.permute(0, 2, 3, 1).reshape(-1, 16))
+    return ImageTokenizer(vqgan, "small", device, precision, batch_size)
+
+
+def small_pixels(count, seed=2):
+    return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +84,156 @@ def test_hugging_face_folder_gives_the_same_codes(golden, tokenizer, tmp_path):
 def test_bad_codes_are_refused(tokenizer, codes):
     with pytest.raises(InputError):
         tokenizer.decode(codes)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.04), ("bf16", 0.25)])
+def test_sixteen_bits(precision, most):
+    pixels, exact = small_pixels(2), small_tokenizer()
+    tokenizer = small_tokenizer(precision)
+    vqgan = tokenizer.vqgan
+    assert tokenizer.input_dtype == vqgan.encoder.mid.attn_1.q.weight.dtype == vqgan.decoder.conv_out.weight.dtype
+    assert tokenizer.input_dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    for module in (vqgan.quant_conv, vqgan.quantize.embedding, vqgan.encoder.norm_out, vqgan.post_quant_conv):
+        assert module.weight.dtype == torch.float32
+    expected = exact.encode(pixels)
+    assert len(np.unique(expected)) > 500
+    share = (tokenizer.encode(pixels) != expected).mean()
+    print(f"{precision}: {share:.2%} of codes differ from fp32's")
+    assert 0 < share < most
+    away = np.abs(tokenizer.decode(expected).astype(int) - exact.decode(expected))
+    assert 0 < away.max() <= 12 and away.mean() < 1
+
+
+def test_tensors_and_pixels_give_the_same_codes():
+    tokenizer, pixels = small_tokenizer(), small_pixels(3)
+    x_BCHW = torch.from_numpy((pixels / 255 * 2 - 1).astype(np.float32)).permute(0, 3, 1, 2)
+    codes = tokenizer.encode_tensor(x_BCHW)
+    assert codes.dtype == torch.int64 and codes.shape == (3, 1024)
+    np.testing.assert_array_equal(codes.numpy(), tokenizer.encode(pixels))
+    # On a CPU both layouts run channels first, so that the codes are the same to the last near tie.
+    assert torch.equal(tokenizer.encode_tensor(x_BCHW.contiguous()), codes)
+    assert tokenizer.encode_tensor(x_BCHW[:0]).shape == (0, 1024)
+    assert not codes.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.float16), r"float16 \[1, 3, 64, 64\] on cpu: expected torch.float32"),
+        (torch.zeros(1, 64, 64, 3), r"\[1, 64, 64, 3\]"),
+        (torch.zeros(3, 64, 64), r"expected torch.float32 \[N, 3, 64, 64\]"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), "on meta"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(x, message):
+    with pytest.raises(InputError, match=message):
+        small_tokenizer().encode_tensor(x)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(InputError, match="precision 'fp8': expected fp32, tf32, fp16, bf16"):
+        small_tokenizer("fp8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_tf32_is_switched_for_the_call_only(precision, monkeypatch):
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+
+    def switches():
+        return conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.benchmark
+
+    def encode(x_BCHW):
+        seen.append(switches())
+        raise ArithmeticError
+
+    tokenizer, seen = small_tokenizer(precision), []
+    monkeypatch.setattr(tokenizer.vqgan, "encode", encode)
+    before = "tf32" if precision != "tf32" else "ieee"
+    try:
+        conv.fp32_precision = matmul.fp32_precision = before
+        with pytest.raises(ArithmeticError):
+            tokenizer.encode(small_pixels(1))
+        assert seen == [("tf32" if precision == "tf32" else "ieee", "ieee", False)]
+        assert switches() == (before, before, False)
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = "tf32", "none"
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_last_with_the_norm_kernel(half, dtype, monkeypatch):
+    # What runs on a GPU, in the interpreter where there is none: all layers keep channels last, or the kernel refuses.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = small_tokenizer("fp16" if dtype == torch.float16 else "fp32", device)
+    network = getattr(tokenizer.vqgan, half)
+    x = torch.rand(1, *((3, 32, 32) if half == "encoder" else (16, 16, 16)), device=device).to(dtype) * 2 - 1
+    with tokenizer._arithmetic():
+        expected = network(x)
+    network.to(memory_format=torch.channels_last)
+    calls = []
+
+    def with_kernel(*arguments):
+        calls.append(arguments)
+        return group_norm.group_norm_silu(*arguments, impl="triton")
+
+    monkeypatch.setattr(vqgan_module, "group_norm_silu", with_kernel)
+    with tokenizer._arithmetic():
+        found = network(x.contiguous(memory_format=torch.channels_last))
+    assert len(calls) == sum(isinstance(module, torch.nn.GroupNorm) for module in network.modules())
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_graph_equals_eager_whatever_the_batch_holds(precision):
+    pixels = small_pixels(10)
+    eager = small_tokenizer(precision, "cuda")
+    graph = small_tokenizer(precision, "cuda", batch_size=4)
+    # Two full batches and a padded one; and each picture's codes when it comes alone, or after others.
+    expected = np.concatenate([eager.encode(pixels[:4]), eager.encode(pixels[4:8]), eager.encode(pixels[6:])[2:]])
+    np.testing.assert_array_equal(graph.encode(pixels), expected)
+    for start, stop in ((3, 4), (0, 3), (5, 10)):
+        np.testing.assert_array_equal(graph.encode(pixels[start:stop]), expected[start:stop])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_encoding_a_tensor_does_not_wait_for_the_gpu(monkeypatch):
+    # Every norm finds channels last and takes the kernel.
+    monkeypatch.setattr(group_norm, "group_norm_silu_ref", lambda *_: pytest.fail("a norm fell back to torch"))
+    tokenizer = small_tokenizer("fp16", "cuda", batch_size=4)
+    x_BCHW = torch.rand(6, 3, 64, 64, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    first = tokenizer.encode_tensor(x_BCHW)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = tokenizer.encode_tensor(x_BCHW)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert second.is_cuda and torch.equal(first, second)
+    assert second.data_ptr() != tokenizer.encode_tensor(x_BCHW).data_ptr()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_golden_codes_on_a_gpu(golden):
+    answers = json.loads((golden / "image_codes.json").read_text())
+    names = ("cell.png", "ihc.png", "microaneurysms.png", "noise.png", "phantom.png", "retina.jpg", "tiny.png")
+    pixels = np.stack([load_image(golden / "images" / name) for name in names])
+    expected = np.array([answers[name]["codes"] for name in names])
+    shares = {}
+    for precision in ("fp32", "tf32", "fp16", "bf16"):
+        tokenizer = ImageTokenizer.from_checkpoint(golden / "checkpoint", "cuda", precision, batch_size=4)
+        differing = (tokenizer.encode(pixels) != expected).sum(axis=1)
+        shares[precision] = differing.sum() / expected.size
+        print(f"{precision}: {shares[precision]:.3%} of codes differ from the reference's")
+        if precision == "fp32":
+            # The golden near ties are those of a CPU's order of summation; another order has its own.
+            assert (differing <= [answers[name]["near_ties"] + 1 for name in names]).all()
+    assert shares["tf32"] < 0.03 and shares["fp16"] < 0.03 and shares["bf16"] < 0.15
+    assert shares["fp32"] < 0.1 * min(shares["tf32"], shares["fp16"], shares["bf16"])
 
 
 def damage(path, change):

@@ -1,8 +1,11 @@
 """The VQGAN that turns a 512 x 512 picture into 32 x 32 codes and back, as plain torch modules.
 
 Module names follow the taming-transformers checkpoint (`encoder.down.0.block.0.norm1.weight`, ...), which the
-Hugging Face layout keeps under `model.vqmodel.`, so both load without renaming. Only the nearest-code search is
-not torch: it is the `vq` kernel, which never builds the [N, 8192] distance matrix.
+Hugging Face layout keeps under `model.vqmodel.`, so both load without renaming. Not torch are the nearest-code
+search, the `vq` kernel, which never builds the [N, 8192] distance matrix, and on a GPU GroupNorm with SiLU.
+
+The convolutions of the encoder and the decoder may be held in 16 bits; the norms' affine parts, the 1x1 convolutions
+around the codebook and the codebook itself stay in fp32.
 
 Shapes: B pictures, C channels, H and W pixels, D the code dimension, K the number of codes.
 """
@@ -13,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medmax_fast.kernels.group_norm import group_norm_silu
 from medmax_fast.kernels.vq import nearest_code
 
 GROUPS = 32
@@ -86,6 +90,11 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
 
 
+def norm_silu(norm: nn.GroupNorm, x_BCHW: torch.Tensor, silu: bool = True) -> torch.Tensor:
+    """GroupNorm, then SiLU unless told otherwise: the kernel for channels last on a GPU, else torch's own two."""
+    return group_norm_silu(x_BCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
@@ -100,8 +109,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x_BCHW))
+        h = self.conv2(norm_silu(self.norm2, h))
         return h + (x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW))
 
 
@@ -114,7 +123,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x_BCHW)
+        h = norm_silu(self.norm, x_BCHW, silu=False)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x_BCHW + self.proj_out(out.transpose(1, 2).reshape(x_BCHW.shape))
@@ -197,7 +206,7 @@ class Encoder(nn.Module):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(norm_silu(self.norm_out, self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -228,7 +237,7 @@ class Decoder(nn.Module):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(norm_silu(self.norm_out, h))
 
 
 class Quantizer(nn.Module):
@@ -259,11 +268,12 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, 1024] of pixels float [B, 3, 512, 512] in -1..1."""
-        return self.quantize.codes(self.quant_conv(self.encoder(x_BCHW)))
+        """Codes int64 [B, 1024] of pixels [B, 3, 512, 512] in -1..1, in the dtype of the encoder's convolutions."""
+        return self.quantize.codes(self.quant_conv(self.encoder(x_BCHW).to(self.quant_conv.weight.dtype)))
 
     def decode(self, codes_BN: torch.Tensor) -> torch.Tensor:
-        """Pixels float [B, 3, 512, 512] of codes int64 [B, 1024]."""
+        """Pixels [B, 3, 512, 512] of codes int64 [B, 1024], in the dtype of the decoder's convolutions."""
         side = self.config.latent_side
         z_BHWD = self.quantize.embedding(codes_BN).view(len(codes_BN), side, side, -1)
-        return self.decoder(self.post_quant_conv(z_BHWD.permute(0, 3, 1, 2)))
+        z_BCHW = self.post_quant_conv(z_BHWD.permute(0, 3, 1, 2))
+        return self.decoder(z_BCHW.to(self.decoder.conv_in.weight.dtype))
