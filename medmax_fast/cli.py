@@ -56,6 +56,12 @@ def _add_flag(parser: argparse.ArgumentParser, field, kind) -> None:
     text = field.metadata["help"].replace("%", "%%")
     flag = "--" + field.name.replace("_", "-")
     if kind is bool:
+        if off := field.metadata.get("off"):
+            either = parser.add_mutually_exclusive_group()
+            either.add_argument(flag, action="store_true", default=field.default, help=text)
+            text = f"the opposite of {flag} (default)"
+            either.add_argument(f"--{off}", dest=field.name, action="store_false", help=text)
+            return
         text += f" (default: {'on' if field.default else 'off'})"
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         return

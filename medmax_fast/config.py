@@ -10,9 +10,12 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
-def option(default, text: str, choices: tuple[str, ...] = ()):
-    """A flag with a default, its help text and, where it is one of a few words, the words."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text: str, choices: tuple[str, ...] = (), off: str = ""):
+    """A flag with a default, its help text and, where it is one of a few words, the words.
+
+    off: of a flag that is on or off, the name of its opposite (default: `no-` before its own).
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "off": off})
 
 
 def required(text: str, choices: tuple[str, ...] = (), positional: bool = False):
@@ -56,8 +59,16 @@ class TokenizeConfig:
         "grey of more than 8 bits: cut off at 255 as published, scale 0..65535, or window by minimum and maximum",
         ("pillow", "scale", "window"),
     )
-    precision: str = option("fp32", "arithmetic of the encoder", ("fp32", "tf32", "fp16", "bf16"))
-    batch_size: int = option(8, "images encoded at a time")
+    decoder: str = option(
+        "auto", "image decoder, with equal pixels (auto: DALI beside a GPU if installed)", ("auto", "pillow", "dali")
+    )
+    fast: bool = option(False, "decode with nvJPEG on the GPU, whose pixels differ a little", off="exact")
+    precision: str = option(
+        "auto",
+        "arithmetic of the encoder (auto: tf32 on a GPU, fp32 on a CPU)",
+        ("auto", "fp32", "tf32", "fp16", "bf16"),
+    )
+    batch_size: int = option(32, "images encoded at a time on a GPU")
     rows_per_shard: int = option(2048, "input rows per output file")
     workers: int = option(0, "loading threads (0: one per core)")
     max_rejected: str = option("0", "more rejected images than this, a count or a share such as 1%, give exit status 3")

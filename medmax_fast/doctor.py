@@ -13,16 +13,23 @@ def doctor(config: DoctorConfig) -> dict:
     """A table of paths (name, active, what is used, why or what to install), and the versions they rest on."""
     import torch
 
+    from medmax_fast._csrc import has_avx2
+    from medmax_fast.data import dali
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "paths": [
-            _path("collator (C++)", _has("medmax_fast._csrc"), "medmax_fast._csrc", "pip install . in the checkout"),
+            _path(
+                "resize, packing, collator (C++)", True, f"medmax_fast._csrc, {'AVX2' if has_avx2() else 'no AVX2'}", ""
+            ),
             _attention(device),
             _triton(device),
-            _path("DALI decoding", False, "", "not in this version") | {"uses": "Pillow, one thread per core"},
+            _path("DALI decoding", not dali.available("cpu"), "nvImageCodec beside Pillow", dali.available("cpu")),
+            _path("nvJPEG decoding (--fast)", not dali.available("mixed"), "nvImageCodec", dali.available("mixed")),
+            _path("DICOM", _has("pydicom"), "pydicom", "pip install 'medmax_fast[dicom]'"),
             _path(
                 "training", _has("deepspeed") and _has("peft"), "DeepSpeed, peft", "pip install 'medmax_fast[train]'"
             ),

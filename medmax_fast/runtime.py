@@ -41,7 +41,8 @@ def log(message: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what its results depend on, without importing any of it."""
-    names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "pillow", "numpy")
+    names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "numpy")
+    names += ("pillow", "nvidia-nvimgcodec-cu13", "pydicom")
     found = {"python": sys.version.split()[0]}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

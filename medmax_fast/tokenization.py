@@ -5,13 +5,16 @@ what it had claimed when it was killed is free again at once. So any number of p
 by hand on a shared folder, now or later, fill the same folder, and each of them stays until all of it is done.
 Threads load images ahead of the encoder, across shard boundaries. An image's codes do not depend on which others
 share its batch, so they do not depend on where a run began, nor on which contents had been seen before.
+
+`--exact` (the default) decodes to Pillow's pixels; `--fast` lets nvJPEG decode. Where a run is not exact fp32, how
+much that changes is measured on its first images and said.
 """
 
 import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,11 @@ import numpy as np
 from medmax_fast.config import TokenizeConfig, settings_of
 from medmax_fast.data.claims import Claims
 from medmax_fast.data.codes import PATH_COLUMN
-from medmax_fast.data.feed import ImageLoader, Loaded, load_ahead
-from medmax_fast.data.image_list import ImageList, read_image_list
+from medmax_fast.data.dali import DaliDecoder, available
+from medmax_fast.data.feed import ImageLoader, load_ahead
+from medmax_fast.data.image_list import read_image_list
 from medmax_fast.data.shards import Contents, Shard, Shards, totals
+from medmax_fast.encoding import Encoding
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import (
     SETTINGS_FILE,
@@ -41,6 +46,8 @@ from medmax_fast.vocab import IMAGE_CODES
 STAGES = ("read", "decode", "preprocess", "encode", "write")
 _ARCHIVE_INDEX = ".archive-index"
 _POLL_SECONDS = 0.2
+# Images on which a setting that is not exact is compared with the exact one.
+_SAMPLE = 16
 
 
 def tokenize_images(config: TokenizeConfig) -> dict:
@@ -52,25 +59,63 @@ def tokenize_images(config: TokenizeConfig) -> dict:
     index = Path(config.output) / _ARCHIVE_INDEX
     images = read_image_list(config.input, config.image_key, config.archive, index)
     limit = rejection_limit(config.max_rejected, len(images.paths))
-    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device), config.precision)
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    dali, gpu_decoder = pick_decoders(config, device)
+    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, device, precision, config.batch_size)
     settings = {
-        **settings_of(config, "alpha", "depth16", "precision", "rows_per_shard"),
+        **settings_of(config, "alpha", "depth16", "fast", "rows_per_shard"),
+        "precision": precision,
         "image_key": images.key,
         "input_sha256": images.sha256,
         "vqgan_sha256": tokenizer.sha256,
     }
     shards = Shards(_open_shared_output(config.output, settings), len(images.paths), config.rows_per_shard)
-    run = _Run(config, images, tokenizer, shards)
+    contents = Contents(shards, tokenizer.num_codes)
+    loader = ImageLoader(
+        images, config.alpha, config.depth16, contents, device.type == "cuda", dali, postpone=gpu_decoder is not None
+    )
+    encoding = Encoding(tokenizer, loader, config.batch_size, gpu_decoder)
+    run = TokenizeRun(encoding, shards, contents, config.workers)
+    if config.fast or precision != "fp32":
+        run.exact = lambda: ImageTokenizer.from_checkpoint(config.ckpt, device, "fp32")
     run.work()
     records = shards.records()
-    stages = stage_table(totals(records)["seconds"])
-    shards.merge(images.base, settings, {"stages": stages})
-    summary = _summary(run, records, stages, time.monotonic() - start)
+    facts = {"stages": stage_table(totals(records)["seconds"]), **shards.difference()}
+    shards.merge(images.base, settings, facts)
+    summary = _summary(run, records, facts, time.monotonic() - start)
     # torchrun ends every rank when one fails, so there rank 0 judges for all of them.
     judge = rank_and_world()[0] == 0 or "TORCHELASTIC_RUN_ID" not in os.environ
     if judge and summary["rejected"] > limit:
         raise TooManyRejected(summary, limit)
     return summary
+
+
+def pick_precision(name: str, device) -> str:
+    """The encoder's arithmetic; `auto` is fp32 on a CPU and TF32, as in the published code's convolutions, on a GPU.
+
+    benchmarks/bench_precision: 16-bit convolutions are faster there, and change more codes than TF32 does.
+    """
+    if name == "auto":
+        return "tf32" if device.type == "cuda" else "fp32"
+    return name
+
+
+def pick_decoders(config: TokenizeConfig, device) -> tuple[DaliDecoder | None, DaliDecoder | None]:
+    """(decoder in the loading threads, or None for Pillow alone; decoder on the GPU, or None); InputError.
+
+    `auto` takes DALI beside a GPU, where pixels must be packed for the upload and DALI saves a copy of them; without
+    one Pillow's own memory is read in place, and it is as fast.
+    """
+    if config.fast:
+        if device.type != "cuda":
+            raise InputError("--fast: nvJPEG decodes on a GPU, and the encoder runs on the CPU; use --exact")
+        if config.decoder == "pillow":
+            raise InputError("--fast decodes with DALI: leave out --decoder pillow")
+        return None, DaliDecoder(1, "mixed", device.index)
+    if config.decoder == "dali" or (config.decoder == "auto" and device.type == "cuda" and not available("cpu")):
+        return DaliDecoder(), None
+    return None, None
 
 
 def stage_table(seconds: dict[str, float]) -> list[dict]:
@@ -86,7 +131,7 @@ def stage_table(seconds: dict[str, float]) -> list[dict]:
     ]
 
 
-def _summary(run: "_Run", records: list[dict], stages: list[dict], elapsed: float) -> dict:
+def _summary(run: "TokenizeRun", records: list[dict], facts: dict, elapsed: float) -> dict:
     sums = totals(records)
     return {
         "output": str(run.shards.folder),
@@ -97,17 +142,21 @@ def _summary(run: "_Run", records: list[dict], stages: list[dict], elapsed: floa
         "images_per_second": round(run.images_here / elapsed, 2),
         "wait_seconds": round(sums["seconds"].get("wait", 0.0), 3),
         "seconds": round(elapsed, 3),
-        "stages": stages,
+        **facts,
     }
 
 
-class _Run:
-    """One process's share of the work on a folder."""
+class TokenizeRun:
+    """One process's share of the work on a folder. workers: loading threads, 0 for one per core.
 
-    def __init__(self, config: TokenizeConfig, images: ImageList, tokenizer: ImageTokenizer, shards: Shards):
-        self.config, self.images, self.tokenizer, self.shards = config, images, tokenizer, shards
-        self.contents = Contents(shards, tokenizer.num_codes)
-        self.loader = ImageLoader(images, config.alpha, config.depth16, self.contents)
+    exact: makes the fp32 tokenizer to compare with, or None where the run is exact itself.
+    """
+
+    def __init__(self, encoding: Encoding, shards: Shards, contents: Contents, workers: int):
+        self.encoding, self.shards, self.contents = encoding, shards, contents
+        self.loader, self.images = encoding.loader, encoding.loader.images
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.exact: Callable[[], ImageTokenizer] | None = None
         self.images_here = 0
         self.seconds: Counter = Counter()
 
@@ -126,14 +175,16 @@ class _Run:
 
     def _pass(self, claims: Claims) -> int:
         """Claim and publish what is left and free; returns the number of shards."""
-        workers = self.config.workers or len(os.sched_getaffinity(0))
         tasks = ((shard, row) for shard in self._claim(claims) for row in self.shards.rows(shard))
-        results = load_ahead(
-            tasks, lambda task: self.loader(task[1]), workers, ahead=workers + 2 * self.config.batch_size
-        )
+        ahead = self.workers + 2 * self.encoding.batch_size
+        results = load_ahead(tasks, lambda task: self.loader(task[1]), self.workers, ahead)
         count = 0
         for shard, group in itertools.groupby(results, key=lambda result: result[0][0]):
-            self.seconds.update(self.shards.publish(shard, self._encode(group)))
+            content = self._encode(self.encoding.ready(group))
+            if shard == 0 and self.exact is not None:
+                sample = list(itertools.islice(self.shards.rows(0), _SAMPLE))
+                self.shards.write_difference(self.encoding.difference(self.exact(), sample))
+            self.seconds.update(self.shards.publish(shard, content))
             claims.give_back(shard)
             self.contents.refresh()
             count += 1
@@ -165,9 +216,15 @@ class _Run:
         # Where each content of this shard stands among the encoded ones.
         places: dict[bytes, int] = {}
 
+        under_way: list[Callable[[], np.ndarray]] = []
+
         def encode() -> None:
             begin = time.monotonic()
-            encoded.append(self.tokenizer.encode(np.stack(pixels)).astype(np.uint16))
+            if pixels:
+                under_way.append(self.encoding.start(pixels))
+            # One batch stays under way while the next is put together; without pixels, it is waited for too.
+            while len(under_way) > bool(pixels):
+                encoded.append(under_way.pop(0)())
             pixels.clear()
             seconds["encode"] += time.monotonic() - begin
 
@@ -186,10 +243,10 @@ class _Run:
             elif loaded.digest not in places:
                 places[loaded.digest] = len(places)
                 pixels.append(loaded.pixels)
-                if len(pixels) == self.config.batch_size:
+                if len(pixels) == self.encoding.batch_size:
                     encode()
-        if pixels:
-            encode()
+        encode()
+        encode()
         table = np.concatenate(encoded)
         codes = np.empty((len(paths), IMAGE_CODES), np.uint16)
         for position, digest in enumerate(digests):

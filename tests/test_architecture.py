@@ -20,14 +20,15 @@ ALLOWED = {
     "figures": set(),
     "page": set(),
     "pictures": {"page"},
-    "tokenization": {"data", "model"},
+    "encoding": {"data", "model"},
+    "tokenization": {"encoding", "data", "model"},
     "decode": {"data", "model"},
     "score": {"data", "model"},
     "training": {"training", "data", "model", "figures"},
     "train": {"training", "data", "model", "figures"},
     "eval": {"eval", "generate", "data", "model", "page", "pictures", "figures"},
     "report": {"eval", "data", "page", "pictures", "figures"},
-    "doctor": {"model", "kernels"},
+    "doctor": {"data", "model", "kernels", "_csrc"},
 }
 BASE = {"vocab", "config", "runtime"}
 # Imported in one place each, where they are used.

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from medmax_fast.data import images
 from medmax_fast.data.images import ImageError, list_images, load_image
 from medmax_fast.data.modes import whiten
 from medmax_fast.data.resize import fit_ref, resized_size

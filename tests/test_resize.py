@@ -140,7 +140,7 @@ def test_weights_follow_the_rule(in_size, out_size):
         found = {int(start) + t: int(w) for t, w in enumerate(row) if w}
         # A sine of another library may differ in its last bit, and with it a rounding in ten thousand.
         assert found.keys() == expected.keys() and all(abs(found[x] - expected[x]) <= 1 for x in found)
-        assert 0 <= start and max(found) < in_size
+        assert start >= 0 and max(found) < in_size
     if in_size == out_size:
         assert weights.shape == (512, 1) and (weights == 1 << 22).all()
 

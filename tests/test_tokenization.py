@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 import time
 
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
@@ -101,11 +103,15 @@ def hashes(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_golden_codes(golden, tmp_path, capsys):
+@pytest.mark.parametrize("decoder", ["pillow", "dali"])
+def test_golden_codes(golden, tmp_path, capsys, decoder):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.nvimgcodec", reason="needs the extra [dali]")
     expected = json.loads((golden / "image_codes.json").read_text())
     with open(tmp_path / "table.csv", "w") as file:
         file.write("image_path\n" + "".join(f"{golden}/images/{name}\n" for name in expected))
-    assert tokenize(tmp_path / "table.csv", tmp_path / "codes", ckpt=golden / "checkpoint") == 0
+    flags = ("--decoder", decoder)
+    assert tokenize(tmp_path / "table.csv", tmp_path / "codes", *flags, ckpt=golden / "checkpoint") == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["images"], summary["encoded"], summary["rejected"], summary["shards"]) == (21, 21, 0, 5)
     rows = read_table(tmp_path / "codes")
@@ -242,6 +248,86 @@ def test_batches_never_cross_a_shard(fake, pictures, tmp_path):
     assert fake.sizes == [4, 2, 4, 2, 4, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.gz.aa"])
+@pytest.mark.parametrize("table", [True, False], ids=["table", "alone"])
+def test_images_in_an_archive(fake, pictures, tmp_path, kind, table):
+    archive = tmp_path / f"images.{kind.removesuffix('.aa')}"
+    with tarfile.open(archive, "w:gz" if "gz" in kind else "w") as tar:
+        tar.add(pictures / "images", "./images")
+    if kind.endswith(".aa"):
+        whole = archive.read_bytes()
+        archive.unlink()
+        for name, part in (("aa", whole[:1000]), ("ab", whole[1000:3000]), ("ac", whole[3000:])):
+            (tmp_path / f"images.tar.gz.{name}").write_bytes(part)
+        archive = tmp_path / "images.tar.gz.aa"
+    source, flags = (pictures / "table.csv", ("--archive", str(archive))) if table else (archive, ())
+    assert tokenize(source, tmp_path / "codes", "--max-rejected", "5", *flags) == 0
+    rows = dict(read_table(tmp_path / "codes"))
+    # One row of the table has an absolute path, which names no member.
+    assert len(rows) == (19 if table else 20)
+    for path, codes in rows.items():
+        assert codes == fake_codes(load_image(pictures / path)).tolist()
+    reasons = {entry["img_path"]: entry["reason"] for entry in read_lines(tmp_path / "codes" / "rejected.jsonl")}
+    assert reasons.get("images/99.png") == ("not in the archive" if table else None)
+    assert len(reasons) == (5 if table else 3)
+    # The listing is kept, hidden, and is no table of codes.
+    assert (tmp_path / "codes" / ".archive-index").is_file()
+    assert tokenize(source, tmp_path / "codes", "--max-rejected", "5", *flags) == 0
+
+
+@pytest.mark.parametrize("limit, status", [("3", 3), ("4", 0), ("16%", 3), ("17%", 0), ("16.7 %", 0)])
+def test_a_limit_is_a_count_or_a_share(fake, pictures, tmp_path, limit, status):
+    # 4 of 24 images, 16.67 %.
+    assert tokenize(pictures / "table.csv", tmp_path / "codes", "--max-rejected", limit) == status
+
+
+def test_odd_pixels_are_counted(fake, tmp_path, capsys):
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(tmp_path / "alpha.png")
+    for policy, level in ("pillow", 255), ("scale", 16), ("window", 0):
+        assert tokenize(tmp_path, tmp_path / policy, "--depth16", policy) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["depth16_images"] == summary["alpha_images"] == 1
+        pixels = np.full((512, 512, 3), level, np.uint8)
+        assert read_table(tmp_path / policy)[1][1] == fake_codes(pixels).tolist()
+        for name in ("deep.png", "alpha.png"):
+            assert (tmp_path / name).exists()
+
+
+def test_shares_of_time(fake, pictures, tmp_path, capsys):
+    assert tokenize(pictures / "table.csv", tmp_path / "codes", "--max-rejected", "4") == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
+    assert summary["stages"] == manifest["stages"]
+    assert [row["stage"] for row in summary["stages"]] == ["read", "decode", "preprocess", "encode", "write"]
+    assert sum(row["share"] for row in summary["stages"]) == pytest.approx(1, abs=1e-3)
+    assert summary["images_here"] == 24 and summary["images_per_second"] > 0
+    assert all(manifest["seconds"][stage] > 0 for stage in ("read", "decode", "encode", "write", "total"))
+
+
+def test_what_is_not_exact_is_compared_with_what_is(golden, tmp_path, capsys):
+    path = golden / "images" / "tiny.png"
+    (tmp_path / "table.csv").write_text(f"img_path\n{path}\n")
+    flags = ("--precision", "bf16")
+    assert tokenize(tmp_path / "table.csv", tmp_path / "codes", *flags, ckpt=golden / "checkpoint") == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["compared_images"], summary["pixels_differing"]) == (1, 0)
+    expected = json.loads((golden / "image_codes.json").read_text())["tiny.png"]["codes"]
+    found = np.array(read_table(tmp_path / "codes")[0][1])
+    assert summary["codes_differing"] == np.mean(found != expected) > 0
+    manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
+    assert manifest["codes_differing"] == summary["codes_differing"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_nvjpeg_needs_a_gpu(fake, pictures, tmp_path, capsys):
+    assert tokenize(pictures / "table.csv", tmp_path / "codes", "--fast") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--fast: nvJPEG decodes on a GPU" in line and not (tmp_path / "codes").exists()
+    assert tokenize(pictures / "table.csv", tmp_path / "codes", "--exact") == 3
+
+
 def bad_table(folder, name):
     path = folder / name
     content = {
@@ -309,7 +395,7 @@ def test_a_folder_made_with_other_settings_is_refused(fake, pictures, tmp_path, 
     for source, flags, name in [
         (pictures / "table.csv", ("--alpha", "drop"), "alpha"),
         (pictures / "table.csv", ("--rows-per-shard", "6"), "rows_per_shard"),
-        (pictures / "table.csv", ("--precision", "bf16"), "precision"),
+        (pictures / "table.csv", ("--precision", "tf32"), "precision"),
         (pictures / "table.csv", ("--depth16", "scale"), "depth16"),
         (tmp_path / "other.csv", (), "image_key"),
         (pictures / "images", (), "image_key"),

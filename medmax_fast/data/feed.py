@@ -10,22 +10,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from medmax_fast.data.dali import DaliDecoder
 from medmax_fast.data.image_list import ImageList
-from medmax_fast.data.images import ImageError, decode
-from medmax_fast.data.resize import fit
+from medmax_fast.data.images import ImageError, Picture, decode
+from medmax_fast.data.resize import filters, fit
 from medmax_fast.data.shards import DIGEST_BYTES
 
 
 @dataclass
 class Loaded:
-    """One image: `pixels`, the `reason` why there are none, or neither where its content has codes already.
+    """One image: its `pixels`, the `reason` why there are none, or neither where its content has codes already.
 
+    pixels: uint8 [512, 512, 3], or of its full size. data: the file, where its pixels are left to a GPU.
     sha256: of the file's bytes, hexadecimal, None if it could not be read. notes: policies of data/modes.py that
     applied. seconds: by stage.
     """
 
     sha256: str | None = None
     pixels: np.ndarray | None = None
+    data: bytes | None = None
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -40,7 +43,8 @@ class Loaded:
 class ImageLoader:
     """Loads image `index` of a list; called from any thread.
 
-    done: content digests that need no pixels. full_size: leave the resize to the caller (pixels [H, W, 3] then).
+    done: content digests that need no pixels. full_size: leave the resize to a GPU. dali: decodes in Pillow's place
+    what it can. postpone: leave to a GPU even the decoding of that.
     """
 
     images: ImageList
@@ -48,6 +52,8 @@ class ImageLoader:
     depth16: str
     done: Container[bytes] = ()
     full_size: bool = False
+    dali: DaliDecoder | None = None
+    postpone: bool = False
 
     def __call__(self, index: int) -> Loaded:
         loaded = Loaded()
@@ -58,14 +64,26 @@ class ImageLoader:
             clock.stop("read")
             if loaded.digest in self.done:
                 return loaded
-            picture = decode(data, self.images.paths[index], self.alpha, self.depth16, packed=self.full_size)
+            picture = self.decode(data, index, self.postpone)
             loaded.notes = picture.notes
             clock.stop("decode")
-            loaded.pixels = picture.pixels if self.full_size else fit(picture.pixels)
+            if picture.pixels is None:
+                loaded.data = data
+            if self.full_size:
+                loaded.pixels = picture.pixels
+                # Computed here, so that the thread that feeds the GPU finds them made.
+                filters(*picture.size)
+            else:
+                loaded.pixels = fit(picture.pixels)
             clock.stop("preprocess")
         except ImageError as error:
             loaded.reason = error.reason
         return loaded
+
+    def decode(self, data: bytes, index: int, postpone: bool = False) -> Picture:
+        """The picture in the file of image `index`; ImageError."""
+        name = self.images.paths[index]
+        return decode(data, name, self.alpha, self.depth16, self.full_size, self.dali, postpone)
 
 
 class _Clock:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageFile
 
+from medmax_fast.data.dali import DaliDecoder, admits
 from medmax_fast.data.dicom import decode_dicom, is_dicom
 from medmax_fast.data.modes import ALPHA_MODES, DEPTH16_MODES, to_rgb
 from medmax_fast.data.resize import fit, resized_size
@@ -62,9 +63,13 @@ class ImageError(InputError):
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: uint8 [H, W, 3], or [H, W, 4] with a last byte to ignore. notes: policies of data/modes.py that applied."""
+    """pixels: uint8 [H, W, 3], or [H, W, 4] with a last byte to ignore. notes: policies of data/modes.py that applied.
 
-    pixels: np.ndarray
+    pixels is None where `decode` was told to postpone. size: (width, height).
+    """
+
+    pixels: np.ndarray | None
+    size: tuple[int, int]
     notes: list[str]
 
 
@@ -104,20 +109,34 @@ def read_file(path: str | os.PathLike) -> bytes:
     return data
 
 
-def decode(data: bytes, name: str, alpha: str = "whiten", depth16: str = "pillow", packed: bool = False) -> Picture:
+def decode(
+    data: bytes,
+    name: str,
+    alpha: str = "whiten",
+    depth16: str = "pillow",
+    packed: bool = False,
+    dali: DaliDecoder | None = None,
+    postpone: bool = False,
+) -> Picture:
     """Full-size RGB pixels of an image file's bytes; ImageError under `name`.
 
     packed: three bytes a pixel, at the price of a copy; otherwise Pillow's own memory is used where it can be.
+    dali: decodes what it knows in Pillow's place. postpone: leave out the pixels of what DALI can be asked for.
     """
     assert alpha in ALPHA_MODES and depth16 in DEPTH16_MODES, (alpha, depth16)
     try:
         if is_dicom(data[:256]):
             pixels = decode_dicom(data)
             _check_size(name, pixels.shape[1], pixels.shape[0])
-            return Picture(pixels, [])
+            return Picture(pixels, pixels.shape[1::-1], [])
         with _open(data, name) as image:
+            if (dali or postpone) and admits(image):
+                pixels = None if postpone else dali.decode([data])[0]
+                if postpone or pixels is not None:
+                    return Picture(pixels, image.size, [])
+            image.load()
             rgb, notes = to_rgb(image, alpha, depth16)
-            return Picture(np.asarray(rgb) if packed else _view(rgb), notes)
+            return Picture(np.asarray(rgb) if packed else _view(rgb), rgb.size, notes)
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
@@ -156,7 +175,6 @@ def _open(data: bytes, name: str) -> Image.Image:
         Image.init()
     image = Image.open(io.BytesIO(data), formats=[format for format in FORMATS if format in Image.OPEN])
     _check_size(name, *image.size)
-    image.load()
     return image
 
 

@@ -4,6 +4,7 @@ The shorter side becomes 512 with Python's rounding, the filter is Pillow's LANC
 512 x 512 pixels are kept, and only those are computed. `fit_ref` is the same from Pillow itself.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +59,9 @@ class Filters:
     y_weights: np.ndarray
 
 
+@functools.lru_cache(maxsize=256)
 def filters(width: int, height: int) -> Filters:
-    """The filters that bring an image of this size to the kept 512 x 512 pixels."""
+    """The filters that bring an image of this size to the kept 512 x 512 pixels; not to be written to."""
     from medmax_fast import _csrc
 
     wide, high = resized_size(width, height)

@@ -71,7 +71,7 @@ class Shards:
         return self.folder / "shards" / f"{shard:05d}.json"
 
     def done(self) -> list[int]:
-        """Shards that are published, record and all, in order; two folders are listed, whatever the number of shards."""
+        """Shards that are published, record and all, in order; found by listing two folders."""
         codes = set(os.listdir(self.folder))
         records = set(os.listdir(self.folder / "shards")) if "shards" in codes else set()
         return [
@@ -119,6 +119,18 @@ class Shards:
         }
         write_json(self.record_path(shard), record)
         return seconds
+
+    def write_difference(self, difference: dict[str, float]) -> None:
+        """Keep how far the folder's settings are from the exact ones, as measured on its first images."""
+        write_json(self._difference_path, difference)
+
+    def difference(self) -> dict[str, float]:
+        """What write_difference was given, or nothing."""
+        return read_json(self._difference_path) if self._difference_path.exists() else {}
+
+    @property
+    def _difference_path(self) -> Path:
+        return self.folder / "shards" / "difference.json"
 
     def records(self) -> list[dict]:
         """Records of the shards done so far, in order."""
