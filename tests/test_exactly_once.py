@@ -221,7 +221,7 @@ def main(ckpt, images, output, kills):
         folder = output / f"run-{runs}"
         for _ in range(draw.randint(2, 4)):
             processes = [start(folder) for _ in range(draw.randint(1, 4))]
-            time.sleep(draw.uniform(0.5, 0.8) * seconds)
+            time.sleep(draw.uniform(0.2, 0.6) * seconds)
             for process in processes:
                 time.sleep(draw.uniform(0, 0.3))
                 process.kill()

@@ -12,7 +12,7 @@ from medmax_fast.kernels import group_norm
 from medmax_fast.model import vqgan as vqgan_module
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
-from medmax_fast.model.image_tokenizer import ImageTokenizer
+from medmax_fast.model.image_tokenizer import ImageTokenizer, normalised
 from medmax_fast.model.init_vqgan import LEVELS, colour_vqgan
 from medmax_fast.model.vqgan import VQGAN, VQConfig
 from medmax_fast.runtime import InputError
@@ -286,3 +286,11 @@ def test_untrained_vqgan_shows_mean_colours():
     assert ((found - colours[:, None, :, 0, 0]).abs() <= half_step + 0.01).all()
     # The padding of the enlarging convolutions reaches in from the edges, not to the centre.
     torch.testing.assert_close(picture[:, :, 32, 32], found[:, 5], rtol=0, atol=0.02)
+
+
+def test_normalised_bytes_are_the_references():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    expected = (pixels.astype(np.float64) / 255 * 2 - 1).astype(np.float32)
+    found = normalised(torch.from_numpy(pixels))
+    assert found.is_contiguous() and found.dtype == torch.float32
+    np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), expected)

@@ -82,8 +82,8 @@ class ImageTokenizer:
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int64 [N, 1024] of preprocessed pixels uint8 [N, 512, 512, 3]."""
         assert pixels.dtype == np.uint8 and pixels.ndim == 4, (pixels.dtype, pixels.shape)
-        x_BHWC = self._values[torch.from_numpy(pixels).to(self.device).int()]
-        return self.encode_tensor(x_BHWC.permute(0, 3, 1, 2)).cpu().numpy()
+        x_BCHW = normalised(torch.from_numpy(pixels).to(self.device)).to(self.input_dtype)
+        return self.encode_tensor(x_BCHW).cpu().numpy()
 
     def encode_tensor(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Codes int64 [N, 1024] on the device, without waiting for it; call it from one stream at a time.
@@ -196,6 +196,13 @@ class _EncoderGraph:
         self.x_BCHW[: len(x_BCHW)].copy_(x_BCHW)
         self.graph.replay()
         return self.codes_BN[: len(x_BCHW)].clone()
+
+
+def normalised(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+    """x / 255 * 2 - 1 of bytes, float32 [B, 3, H, W] contiguous; as (2 x - 255) / 255 one rounding gives the same bits
+    as the reference's float64."""
+    x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return x_BCHW.mul_(2).sub_(255).div_(255)
 
 
 def check_state(state: dict, expected: dict, where: str | Path) -> None:
