@@ -6,6 +6,7 @@ the next is put together: `start` returns before the codes are there.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -42,6 +43,7 @@ class Encoding:
         results = iter(results)
         while chunk := list(itertools.islice(results, self.batch_size)):
             waiting = [(row, loaded) for (_, row), loaded, _ in chunk if loaded.data is not None]
+            start = time.monotonic()
             pictures = self.gpu_decoder.decode([loaded.data for _, loaded in waiting])
             for (row, loaded), pixels in zip(waiting, pictures, strict=True):
                 try:
@@ -50,6 +52,9 @@ class Encoding:
                 except ImageError as error:
                     loaded.reason = error.reason
                 loaded.data = None
+            # The batch's time stands with its first image; only sums over a shard are kept.
+            seconds = chunk[0][1].seconds
+            seconds["decode"] = seconds.get("decode", 0.0) + time.monotonic() - start
             yield from chunk
 
     def start(self, pixels: list) -> Callable[[], np.ndarray]:

@@ -75,7 +75,9 @@ def tokenize_images(config: TokenizeConfig) -> dict:
     loader = ImageLoader(
         images, config.alpha, config.depth16, contents, device.type == "cuda", dali, postpone=gpu_decoder is not None
     )
-    encoding = Encoding(tokenizer, loader, config.batch_size, gpu_decoder)
+    # On a CPU, where images are encoded one by one, larger groups would only make progress jerky.
+    batch_size = config.batch_size if device.type == "cuda" else min(config.batch_size, 4)
+    encoding = Encoding(tokenizer, loader, batch_size, gpu_decoder)
     run = TokenizeRun(encoding, shards, contents, config.workers)
     if config.fast or precision != "fp32":
         run.exact = lambda: ImageTokenizer.from_checkpoint(config.ckpt, device, "fp32")
@@ -215,7 +217,6 @@ class TokenizeRun:
         encoded = [np.zeros((0, IMAGE_CODES), np.uint16)]
         # Where each content of this shard stands among the encoded ones.
         places: dict[bytes, int] = {}
-
         under_way: list[Callable[[], np.ndarray]] = []
 
         def encode() -> None:

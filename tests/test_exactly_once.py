@@ -1,7 +1,10 @@
 """Processes that share a folder of shards, killed at random: the final table is that of an uninterrupted run.
 
-The processes are forks of this one with an encoder that is a function of the pixels and sleeps a little, so that a
-kill hits every stage; as a script this file does the same to the real command (see `main`).
+The processes are forks with an encoder that is a function of the pixels and sleeps a little, so that a kill hits every
+stage. They are forked by this file run as a script, which has no threads, one function below per test; its function
+`real_kills` does the same to the real command:
+
+    python tests/test_exactly_once.py real_kills FOLDER CKPT TABLE KILLS
 """
 
 import hashlib
@@ -12,13 +15,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from pyarrow import parquet
 
 from medmax_fast import tokenization
 from medmax_fast.cli import main as medmax
+from medmax_fast.data import claims
 from medmax_fast.data.claims import Claims
 from medmax_fast.vocab import IMAGE_CODES
 
@@ -95,59 +101,54 @@ def wait(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_random_kills(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "ImageTokenizer", SlowTokenizer)
-    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    table = make_images(tmp_path / "images", 60)
+def random_kills(folder):
+    table = make_images(folder / "images", 60)
     start = time.monotonic()
-    assert wait(fork(command(table, tmp_path / "whole"))) == 0
+    assert wait(fork(command(table, folder / "whole"))) == 0
     seconds = time.monotonic() - start
-    expected = result(tmp_path / "whole")
+    expected = result(folder / "whole")
     assert len(expected[0]) == 57 and expected[1].count("\n") == 3
     draw = random.Random(1)
     kills = survivors = runs = 0
     while kills < KILLS:
         runs += 1
-        folder = tmp_path / f"run-{runs}"
+        codes = folder / f"run-{runs}"
         # Several rounds of another number of processes each, every one killed at a time of its own.
         for _ in range(draw.randint(1, 4)):
-            children = [fork(command(table, folder)) for _ in range(draw.randint(1, 4))]
+            children = [fork(command(table, codes)) for _ in range(draw.randint(1, 4))]
             for child in children:
                 time.sleep(draw.uniform(0, seconds / 4))
                 os.kill(child, signal.SIGKILL)
                 status = wait(child)
                 kills += status == -signal.SIGKILL
                 survivors += status == 0
-            assert all(len(parquet.read_table(path)) <= 4 for path in folder.glob("codes-*.parquet")), (
-                "a shard was published half-written"
-            )
-        children = [fork(command(table, folder)) for _ in range(draw.randint(1, 4))]
+            for path in codes.glob("codes-*.parquet"):
+                assert len(parquet.read_table(path)) <= 4, "a shard was published half-written"
+        children = [fork(command(table, codes)) for _ in range(draw.randint(1, 4))]
         assert [wait(child) for child in children] == [0] * len(children)
-        assert result(folder) == expected
+        assert result(codes) == expected
         # Nothing of the killed ones stays behind in the shards.
-        assert not list(folder.glob(".codes-*")) and not list((folder / "shards").glob(".*"))
+        assert not list(codes.glob(".codes-*")) and not list((codes / "shards").glob(".*"))
     assert kills >= 50 and runs >= 5, (kills, survivors, runs)
 
 
-def test_survivors_take_over(tmp_path, monkeypatch):
+def survivors_take_over(folder):
     """A process that waits for another's last shard finishes it when that one is killed."""
-    monkeypatch.setattr(tokenization, "ImageTokenizer", SlowTokenizer)
-    table = make_images(tmp_path / "images", 12, broken=())
-    (tmp_path / "codes" / "shards").mkdir(parents=True)
+    table = make_images(folder / "images", 12, broken=())
+    codes = folder / "codes"
+    (codes / "shards").mkdir(parents=True)
     holder = os.fork()
     if holder == 0:
-        Claims(tmp_path / "codes" / "shards" / "claims").take(1)
+        Claims(codes / "shards" / "claims").take(1)
         signal.pause()
-    while not (tmp_path / "codes" / "shards" / "claims").exists():
+    while not (codes / "shards" / "claims").exists():
         time.sleep(0.01)
     # The command refuses a folder that it did not make, so its settings come from a finished one.
-    assert wait(fork(command(table, tmp_path / "whole"))) == 0
-    settings = (tmp_path / "whole" / "settings.json").read_text()
-    (tmp_path / "codes" / "settings.json").write_text(settings)
-    waiting = fork(command(table, tmp_path / "codes"))
+    assert wait(fork(command(table, folder / "whole"))) == 0
+    (codes / "settings.json").write_text((folder / "whole" / "settings.json").read_text())
+    waiting = fork(command(table, codes))
     deadline = time.monotonic() + 30
-    while len(list((tmp_path / "codes").glob("*.parquet"))) < 2:
+    while len(list(codes.glob("*.parquet"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)
@@ -155,17 +156,17 @@ def test_survivors_take_over(tmp_path, monkeypatch):
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     assert wait(waiting) == 0
-    assert result(tmp_path / "codes") == result(tmp_path / "whole")
+    assert result(codes) == result(folder / "whole")
 
 
-def test_claims_exclude_other_processes(tmp_path):
-    with Claims(tmp_path / "claims") as mine:
+def claims_exclude_other_processes(folder):
+    with Claims(folder / "claims") as mine:
         assert mine.take(0) and mine.take(5) and mine.work
 
         def free_for_another(shard):
             child = os.fork()
             if child == 0:
-                os._exit(int(Claims(tmp_path / "claims").take(shard)))
+                os._exit(int(Claims(folder / "claims").take(shard)))
             return bool(wait(child))
 
         assert not free_for_another(0) and not free_for_another(5) and free_for_another(1)
@@ -173,17 +174,31 @@ def test_claims_exclude_other_processes(tmp_path):
         assert free_for_another(0)
 
 
-def test_without_locks_everything_is_done_all_the_same(tmp_path, monkeypatch):
+def without_locks_everything_is_done_all_the_same(folder):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(tokenization, "ImageTokenizer", SlowTokenizer)
-    table = make_images(tmp_path / "images", 12, broken=())
-    assert wait(fork(command(table, tmp_path / "whole"))) == 0
-    monkeypatch.setattr("medmax_fast.data.claims.fcntl.lockf", refuse)
-    children = [fork(command(table, tmp_path / "codes")) for _ in range(2)]
+    table = make_images(folder / "images", 12, broken=())
+    assert wait(fork(command(table, folder / "whole"))) == 0
+    claims.fcntl = type("NoLocks", (), {"lockf": staticmethod(refuse), "LOCK_EX": 2, "LOCK_NB": 4, "LOCK_UN": 8})
+    children = [fork(command(table, folder / "codes")) for _ in range(2)]
     assert [wait(child) for child in children] == [0, 0]
-    assert result(tmp_path / "codes") == result(tmp_path / "whole")
+    assert result(folder / "codes") == result(folder / "whole")
+
+
+FORKING = [
+    random_kills,
+    survivors_take_over,
+    claims_exclude_other_processes,
+    without_locks_everything_is_done_all_the_same,
+]
+
+
+@pytest.mark.parametrize("function", FORKING, ids=lambda function: function.__name__)
+def test_processes(function, tmp_path):
+    arguments = [sys.executable, __file__, function.__name__, str(tmp_path)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_equal_contents_are_encoded_once(tmp_path, monkeypatch, capsys):
@@ -202,11 +217,9 @@ def test_equal_contents_are_encoded_once(tmp_path, monkeypatch, capsys):
     assert result(tmp_path / "codes")[0] == rows
 
 
-def main(ckpt, images, output, kills):
-    """Kill the real command at random: python tests/test_exactly_once.py CKPT TABLE OUTPUT KILLS."""
-    from pathlib import Path
-
-    output, draw, done, runs = Path(output), random.Random(0), 0, 0
+def real_kills(output, ckpt, images, kills):
+    """Kill the real command at random until it has been killed so many times."""
+    draw, done, runs = random.Random(0), 0, 0
 
     def start(folder):
         arguments = [sys.executable, "-m", "medmax_fast", *command(images, folder, ckpt, rows=3)]
@@ -216,7 +229,7 @@ def main(ckpt, images, output, kills):
     assert start(output / "whole").wait() == 0
     seconds = time.monotonic() - begin
     expected = result(output / "whole")
-    while done < kills:
+    while done < int(kills):
         runs += 1
         folder = output / f"run-{runs}"
         for _ in range(draw.randint(2, 4)):
@@ -233,4 +246,6 @@ def main(ckpt, images, output, kills):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    if sys.argv[1] != "real_kills":
+        tokenization.ImageTokenizer = SlowTokenizer
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
