@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from medmax_fast.kernels import vq
 
@@ -105,7 +108,7 @@ def test_offset_makes_ids(impl):
     assert torch.equal(vq.nearest_code(z, e, id_offset=70000, impl=impl), codes + 70000)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_non_finite_values(impl):
     z, e = latents(20, 200, 16)
@@ -126,13 +129,151 @@ def test_block_sizes_change_nothing_but_near_ties(monkeypatch):
     z, e = latents(80, 300, 48)
     results = []
     for blocks in [(16, 64, 16), (64, 128, 16), (32, 256, 32)]:
-        for name, value in zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), blocks, strict=True):
-            monkeypatch.setattr(vq, name, value)
+        blocks = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), blocks, strict=True))
+        monkeypatch.setattr(vq, "SCREEN", blocks)
+        monkeypatch.setattr(vq, "SEARCH", blocks)
         results.append(vq.nearest_code(z, e, impl="triton"))
     two = distances(z, e).topk(2, largest=False).values
     apart = two[:, 1] - two[:, 0] > 1e-4 * two[:, 0]
     assert apart.sum() > 70
     assert all(torch.equal(result[apart], results[0][apart]) for result in results)
+
+
+def undecided(z, e):
+    """How many latents the screen left to the search, having checked every code against the search alone."""
+    codes, count = vq._nearest_code_triton(z, e, 0)
+    expected, everything = vq._nearest_code_triton(z, e, 0, screen=False)
+    assert torch.equal(codes, expected) and int(everything) == len(z)
+    return int(count)
+
+
+def test_both_stages_decide():
+    # One block of latents and a bit.
+    assert 0 < undecided(*latents(150, 700, 100, seed=5)) < 150 // 4
+    # Too many channels for the screen.
+    assert undecided(*latents(20, 40, vq.SCREEN_D + 1)) == 20
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 30), st.integers(16, 70), st.integers(-12, 12), st.integers(0, 999))
+def test_near_ties(ulps, pairs, D, exponent, seed):
+    # Two codes on opposite sides of each of `pairs` latents, one moved by a few ulps; as many latents equal a code.
+    generator = torch.Generator().manual_seed(seed)
+    z, step, clear = torch.randn(3, pairs, D, generator=generator).unbind()
+    step *= 0.1 / D**0.5
+    moved = z - step
+    moved[:, 0] *= 1 + ulps * 2.0**-23
+    e = torch.cat([z + step, moved, clear + 5])[torch.randperm(3 * pairs, generator=generator)]
+    z, e = (torch.cat([z, clear + 5]) * 10.0**exponent).to(DEVICE), (e * 10.0**exponent).to(DEVICE)
+    assert undecided(z, e) == pairs
+    # With every row twice, nothing is left that the screen could decide.
+    assert undecided(z, e.repeat(2, 1)) == 2 * pairs
+
+
+@pytest.mark.parametrize(("scale", "length"), [(1.0, 0.5), (2.0**-20, 0.0625), (2.0**15, 4.0)])
+@pytest.mark.parametrize("near", [0, 1])
+def test_worst_rounding_of_latents(scale, length, near):
+    # Rounding moves z against the code r = z - z' by all that Cauchy-Schwarz allows, and towards -r as much, while z
+    # is a little nearer to r: the fp16 product alone is wrong by nearly the whole margin (nine tenths of it fail).
+    signs = torch.ones(64)
+    signs[::2] = -1
+    z = torch.where(signs > 0, 1 + 0.98 * 2.0**-11, 1 + 1.02 * 2.0**-11).repeat(32, 1)
+    odd = torch.arange(32)
+    z[odd, 2 * odd + 1] += 2.0**-10
+    assert ((z.half().float() @ signs) < 0).all() and ((z.double() @ signs.double()) > 0).all()
+    e = torch.cat([length * torch.stack([signs, -signs]), 1e4 * torch.ones(40, 64)])
+    e = e.flip(0) if near else e
+    z, e = (z * scale).to(DEVICE), (e * scale).to(DEVICE)
+    assert undecided(z, e) == 32
+    assert (vq.nearest_code(z, e, impl="triton") == (41 if near else 0)).all()
+
+
+@pytest.mark.parametrize("near", [0, 1])
+def test_worst_rounding_of_codes(near):
+    # The same from the other side: exact latents, and of two codes rounding takes one nearer and one farther away.
+    z = (1 - torch.arange(1, 33) / 64)[:, None].repeat(1, 64)
+    e = torch.tensor([1 + 0.98 * 2.0**-11, 1 + 1.02 * 2.0**-11])[:, None].repeat(1, 64)
+    assert (z.half() == z).all() and e.half()[:, 0].tolist() == [1, 1 + 2.0**-10]
+    z, e = z.to(DEVICE), (e.flip(0) if near else e).to(DEVICE)
+    assert undecided(z, e) == 32
+    assert (vq.nearest_code(z, e, impl="triton") == near).all()
+
+
+def test_rounding_of_the_search():
+    # The products are exact; what ties several codes is that ||z||^2 swallows the differences of their distances.
+    z = torch.arange(1000, 1064).float()[:, None].to(DEVICE)
+    e = (torch.arange(300, 500).float()[:, None] * 3 * 2.0**-17).to(DEVICE)
+    assert undecided(z, e) == 64
+    assert 5 < (vq.nearest_code(z, e, impl="triton") == e.argmax()).sum() < 59
+
+
+def truncating_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """tl.dot as tensor cores are known to add: 16 products and the sum aligned to the largest and cut to 24 bits."""
+    from triton.language import float32
+    from triton.runtime.interpreter import TensorHandle
+
+    if a.data.dtype != np.float16:
+        return TensorHandle(np.matmul(a.data, b.data) + d.data, float32)
+    total = d.data.astype(np.float64)
+    for start in range(0, a.data.shape[1], 16):
+        at = slice(start, start + 16)
+        terms = a.data[:, None, at].astype(np.float64) * b.data.T[None, :, at]
+        terms = np.concatenate([total[..., None], terms], axis=2)
+        last_bit = np.exp2(np.frexp(np.abs(terms).max(axis=2, keepdims=True))[1] - 24.0)
+        total = (np.trunc(terms / last_bit) * last_bit).sum(axis=2)
+        last_bit = np.exp2(np.frexp(np.abs(total))[1] - 24.0)
+        total = np.trunc(total / last_bit) * last_bit
+    return TensorHandle(total.astype(np.float32), float32)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own tensor cores are tested by the others")
+def test_truncating_tensor_cores(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    # Exact in fp16, all products positive. Code 0 has so few bits that its sums are exact as well, those of code 1 lose
+    # something at each step; each latent is moved to where code 1 is nearer by less than that.
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(1024, 2048, (40, 256), generator=generator).double() / 1024
+    e = torch.stack([torch.randint(8, 16, (256,), generator=generator) / 8.0, 1 + torch.rand(256, generator=generator)])
+    e = e.half().double()
+    for d in (e[0] - e[1]).abs().argsort(descending=True):
+        gap = distances(z, e)[:, 0] - distances(z, e)[:, 1] - 6e-4
+        z[:, d] = ((z[:, d] + gap / (2 * (e[0] - e[1])[d])) * 1024).round().clamp(1024, 2047) / 1024
+    gap = distances(z, e)[:, 0] - distances(z, e)[:, 1]
+    assert ((gap > 4e-4) & (gap < 8e-4)).all()
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", truncating_dot)
+    assert undecided(z.float(), e.float()) == 40
+    assert (vq.nearest_code(z.float(), e.float(), impl="triton") == 1).all()
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage made while it is active; it keeps them all, so none is counted as another's reuse."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage()
+        return result
+
+
+def test_extra_memory():
+    def limit(N, K):
+        # Codes, statistics, the list, its length and the longest code: nothing grows with N x K, N x D or K x D.
+        return 28 * N + 16 * K + 64
+
+    for N, K in [(40, 300), (150, 90)]:
+        z, e = latents(N, K, 200)
+        with Allocations() as made:
+            vq.nearest_code(z, e, impl="triton")
+        inputs = {x.untyped_storage().data_ptr() for x in (z, e)}
+        extra = sum(s.nbytes() for at, s in made.storages.items() if at not in inputs)
+        assert 8 * N < extra <= limit(N, K) < 4 * N * 200
+    assert limit(1024, 8192) < 0.01 * 4 * 1024 * 8192
 
 
 def test_reference_works_in_row_blocks(monkeypatch):
