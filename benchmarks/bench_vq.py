@@ -1,126 +1,114 @@
-"""Nearest code: the published distance-matrix form, torch.cdist and ours, timed in turn in one run.
+"""Nearest code: the published distance-matrix form, torch.cdist and ours; on a GPU the Triton kernels as well.
 
-    python benchmarks/bench_vq.py [--images 1,8] [--device auto] [--repeats 9] [--output FILE.json]
-
-A row gives milliseconds (20th, 50th, 80th percentile), the rate of the 2 N K D product, memory beyond the inputs
-(GPU only) and how many codes differ from the reference. No row is printed for a kernel of ours whose codes differ
-other than at near ties. On a CPU only the torch forms run: the Triton kernel needs a GPU.
+Two kinds of latents at the sizes of the real model: codes under noise, which any product tells apart, and independent
+normal ones, whose nearest codes crowd together (the share that the screen leaves undecided shows). A row carries the
+rate of the 2 N K D product, the memory beyond the inputs as MB and as a share of the N x K distances (GPU only), how
+many codes differ from the fp32 argmin (on a GPU the kernels' own search alone, else the torch reference), and how many
+latents are near ties (best two distances within 1e-5 in fp64), where forms may differ.
 """
 
-import argparse
-import json
-import platform
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
+from benchmarks.harness import parse_arguments, report, timed
 from medmax_fast.kernels import vq
-from medmax_fast.runtime import versions
 
 LATENTS, CODES, CHANNELS = 1024, 8192, 256
 
 
-def published(z_ND, e_KD):
+def published(z_ND: torch.Tensor, e_KD: torch.Tensor) -> torch.Tensor:
     """The form of the taming-transformers quantizer: the whole N x K matrix, several times over."""
     distance = z_ND.pow(2).sum(dim=1, keepdim=True) + e_KD.pow(2).sum(dim=1)
     return (distance - 2 * torch.einsum("nd,kd->nk", z_ND, e_KD)).argmin(dim=1)
 
 
-def cdist(z_ND, e_KD):
+def cdist(z_ND: torch.Tensor, e_KD: torch.Tensor) -> torch.Tensor:
     return torch.cdist(z_ND, e_KD).argmin(dim=1)
 
 
-def near_ties(z_ND, e_KD):
-    """Latents whose two best distances agree to 1e-5, as the golden data counts them."""
-    ties = torch.zeros(len(z_ND), dtype=torch.bool, device=z_ND.device)
-    norm_K = e_KD.double().pow(2).sum(1)
-    for start in range(0, len(z_ND), LATENTS):
-        z = z_ND[start : start + LATENTS].double()
-        best = (z.pow(2).sum(1, keepdim=True) + norm_K - 2 * z @ e_KD.double().t()).topk(2, largest=False).values
-        ties[start : start + LATENTS] = best[:, 1] - best[:, 0] < 1e-5 * best[:, 1]
-    return ties
+def make(kind: str, latents: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [latents, D] of one kind, and the codebook [K, D]."""
+    generator = torch.Generator().manual_seed(latents)
+    e_KD = torch.randn(CODES, CHANNELS, generator=generator)
+    z_ND = torch.randn(latents, CHANNELS, generator=generator)
+    if kind == "noisy":
+        z_ND = e_KD[torch.randint(CODES, (latents,), generator=generator)] + 0.8 * z_ND
+    return z_ND.to(device), e_KD.to(device)
 
 
-def timed(form, z_ND, e_KD):
-    """(codes, seconds, bytes allocated beyond what was there)."""
-    if not z_ND.is_cuda:
-        start = time.perf_counter()
-        return form(z_ND, e_KD), time.perf_counter() - start, None
+def near_ties(z_ND: torch.Tensor, e_KD: torch.Tensor) -> torch.Tensor:
+    """Latents whose two best distances agree to 1e-5, as the golden data counts them; bool [N]."""
+    e_KD = e_KD.double()
+    parts = []
+    for z in z_ND.double().split(LATENTS):
+        distance = z.pow(2).sum(dim=1, keepdim=True) + e_KD.pow(2).sum(dim=1) - 2 * z @ e_KD.t()
+        best = distance.topk(2, largest=False).values
+        parts.append(best[:, 1] - best[:, 0] < 1e-5 * best[:, 1])
+    return torch.cat(parts)
+
+
+def extra_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that `work` holds on the GPU beyond what is there."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    codes = form(z_ND, e_KD)
+    work()
     torch.cuda.synchronize()
-    return codes, time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before
 
 
-def measure(images, device, repeats):
-    generator = torch.Generator().manual_seed(images)
-    e_KD = torch.randn(CODES, CHANNELS, generator=generator).to(device)
-    pick = torch.randint(CODES, (images * LATENTS,), generator=generator).to(device)
-    noise = torch.randn(images * LATENTS, CHANNELS, generator=generator).to(device)
-    z_ND = e_KD[pick] + 0.8 * noise
+def measure(kind: str, latents: int, device: str, repeats: int) -> list[dict]:
+    """One row per form; fails if one of ours is wrong beyond near ties, and the kernels if they are wrong at all."""
+    z_ND, e_KD = make(kind, latents, device)
+    cuda = device == "cuda"
     forms = {"published": published, "cdist": cdist, "torch": vq.nearest_code_ref}
-    if device.type == "cuda":
-        forms["triton"] = lambda z, e: vq.nearest_code(z, e, impl="triton")
-    expected = vq.nearest_code_ref(z_ND, e_KD)
-    apart = ~near_ties(z_ND, e_KD)
-    differ = {name: int((form(z_ND, e_KD) != expected).sum()) for name, form in forms.items()}
-    if "triton" in forms and (forms["triton"](z_ND, e_KD) != expected)[apart].any():
-        sys.exit("bench_vq: the Triton kernel's codes differ from the reference's; no speed is given")
-    seconds, memory = {name: [] for name in forms}, {}
-    # In turn, so that a slow moment of the machine falls on all of them.
-    for _ in range(repeats):
-        for name, form in forms.items():
-            _, elapsed, memory[name] = timed(form, z_ND, e_KD)
-            seconds[name].append(elapsed)
-    for name in forms:
-        low, middle, high = torch.tensor(seconds[name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        yield {
-            "form": name,
-            "shape": f"{images * LATENTS}x{CODES}x{CHANNELS}",
-            "ms_p20_p50_p80": [round(1e3 * t, 3) for t in (low, middle, high)],
-            "gflop_per_s": round(2e-9 * images * LATENTS * CODES * CHANNELS / middle, 1),
-            "extra_mb": None if memory[name] is None else round(memory[name] / 1e6, 1),
-            "codes_differing": differ[name],
-            "near_ties": int((~apart).sum()),
-        }
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.machine()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="", help="comma-separated batch sizes (default 1 on a CPU, 1,64 on a GPU)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", default="", help="also write the JSON here")
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    device = torch.device("cuda" if cuda else "cpu")
-    batches = [int(n) for n in (args.images or ("1,64" if cuda else "1")).split(",")]
-    if not cuda:
-        print("no GPU: torch forms only, the Triton kernel is not timed")
-    print(f"{'form':<10} {'shape':<16} {'ms p20/p50/p80':<26} {'GFLOP/s':>9} {'extra MB':>9} {'differ':>7} {'ties':>5}")
+    expected, undecided = vq.nearest_code_ref(z_ND, e_KD), None
+    if cuda:
+        forms["triton"] = vq.nearest_code
+        expected = vq._nearest_code_triton(z_ND, e_KD, 0, screen=False)[0]
+        undecided = int(vq._nearest_code_triton(z_ND, e_KD, 0)[1]) / latents
+    ties = near_ties(z_ND, e_KD)
     rows = []
-    for images in batches:
-        for row in measure(images, device, args.repeats):
-            rows.append(row)
-            times = "/".join(str(t) for t in row["ms_p20_p50_p80"])
-            print(f"{row['form']:<10} {row['shape']:<16} {times:<26} {row['gflop_per_s']:>9}", end="")
-            print(f" {row['extra_mb'] or '-':>9} {row['codes_differing']:>7} {row['near_ties']:>5}")
-    hardware = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    result = json.dumps({"benchmark": "vq", "hardware": hardware, "versions": versions(), "rows": rows})
-    if args.output:
-        Path(args.output).write_text(result + "\n")
-    print(result)
+    for name, form in forms.items():
+        wrong = form(z_ND, e_KD) != expected
+        assert name != "torch" or not (wrong & ~ties).any(), "the torch reference differs beyond near ties"
+        assert name != "triton" or not wrong.any(), "the screened codes differ from the search's"
+
+        def work(form=form):
+            form(z_ND, e_KD)
+            if cuda:
+                torch.cuda.synchronize()
+
+        seconds = timed(work, repeats)
+        extra = extra_bytes(work) if cuda else None
+        rows.append(
+            {
+                "form": name,
+                "latents": kind,
+                "shape": f"{latents}x{CODES}x{CHANNELS}",
+                **seconds,
+                "gflop_per_s": 2e-9 * latents * CODES * CHANNELS / seconds["p50_s"],
+                "extra_mb": None if extra is None else extra / 1e6,
+                "share_of_matrix": None if extra is None else extra / (4 * latents * CODES),
+                "codes_differing": int(wrong.sum()),
+                "near_ties": int(ties.sum()),
+                "undecided": undecided if name == "triton" else None,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    arguments = parse_arguments("nearest code: time, memory, differing codes")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("no GPU: torch forms only, the Triton kernels are not timed")
+    sizes = [LATENTS // 4] if arguments.quick else [LATENTS, 64 * LATENTS] if device == "cuda" else [LATENTS]
+    repeats = 3 if arguments.quick else 9
+    rows = [row for kind in ("noisy", "normal") for n in sizes for row in measure(kind, n, device, repeats)]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report("vq", rows, arguments.output, device=name, matmul_precision=torch.get_float32_matmul_precision())
 
 
 if __name__ == "__main__":
