@@ -12,7 +12,7 @@ from medmax_fast.cli import main
 from medmax_fast.config import BuildConfig
 from medmax_fast.data import build as build_module
 from medmax_fast.data.build import build
-from medmax_fast.data.shards import Shards
+from medmax_fast.data.shards import Shard, Shards
 from medmax_fast.data.store import TokenStore
 from medmax_fast.runtime import TooManyRejected
 from medmax_fast.vocab import IMAGE_CODES
@@ -58,8 +58,9 @@ def untokenized(rows):
 def code_folder(folder, paths, base, rejected=()):
     shards = Shards(folder, len(paths) + len(rejected), 100)
     entries = [{"img_path": p, "reason": "empty file", "row": i} for i, p in enumerate(rejected)]
-    shards.publish(0, list(paths), CODES[: len(paths)], entries, {})
-    shards.merge(str(base), {})
+    codes = CODES[: len(paths)]
+    shards.publish(0, Shard(list(paths), codes, [bytes(16)] * len(paths), len(paths), entries, {}, {}))
+    shards.merge(str(base), {}, {})
     return str(folder)
 
 

@@ -53,7 +53,7 @@ def test_doctor_reports_every_path(capsys):
     assert main(["doctor"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     paths = {row["path"]: row for row in report["paths"]}
-    assert paths["collator (C++)"]["active"] == "yes"
+    assert paths["resize, packing, collator (C++)"]["active"] == "yes"
     assert paths["nearest-code self-test"]["active"] == "yes"
     assert all(row["active"] == "yes" or row["note"] for row in report["paths"])
 

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from medmax_fast.data.codes import CodeTable, code_files, codes_fingerprint, read_codes
-from medmax_fast.data.shards import Shards
+from medmax_fast.data.shards import Shard, Shards
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES
 
@@ -27,8 +27,10 @@ def publish(folder, paths, base, rows_per_shard=4):
     shards = Shards(folder, len(paths), rows_per_shard)
     for shard in range(shards.count):
         rows = shards.rows(shard)
-        shards.publish(shard, [paths[i] for i in rows], CODES[rows.start : rows.stop], [], {"encode": 1.0})
-    shards.merge(str(base), {})
+        digests = [bytes(16)] * len(rows)
+        codes = CODES[rows.start : rows.stop]
+        shards.publish(shard, Shard([paths[i] for i in rows], codes, digests, len(rows), [], {}, {"encode": 1.0}))
+    shards.merge(str(base), {}, {})
     return shards
 
 
@@ -133,7 +135,7 @@ def test_shards(tmp_path):
     manifest = json.loads((tmp_path / "codes" / "manifest.json").read_text())
     assert manifest["images"] == 6 and manifest["seconds"]["encode"] == 2.0 and manifest["base"] == str(tmp_path)
     shards.record_path(1).unlink()
-    assert shards.done(0) and not shards.done(1) and not shards.all_done()
+    assert shards.done() == [0] and shards.left() == [1]
     before = codes_fingerprint(tmp_path / "codes")
     write_table(tmp_path / "codes" / "codes-00002.parquet", ["z"], CODES[:1])
     assert codes_fingerprint(tmp_path / "codes") != before

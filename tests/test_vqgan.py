@@ -166,7 +166,8 @@ def test_channels_last_with_the_norm_kernel(half, dtype, monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = small_tokenizer("fp16" if dtype == torch.float16 else "fp32", device)
     network = getattr(tokenizer.vqgan, half)
-    x = torch.rand(1, *((3, 32, 32) if half == "encoder" else (16, 16, 16)), device=device).to(dtype) * 2 - 1
+    shape = (3, 32, 32) if half == "encoder" else (16, 16, 16)
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 2 - 1
     with tokenizer._arithmetic():
         expected = network(x)
     network.to(memory_format=torch.channels_last)
@@ -181,7 +182,7 @@ def test_channels_last_with_the_norm_kernel(half, dtype, monkeypatch):
         found = network(x.contiguous(memory_format=torch.channels_last))
     assert len(calls) == sum(isinstance(module, torch.nn.GroupNorm) for module in network.modules())
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 3e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
