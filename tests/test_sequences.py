@@ -1,13 +1,14 @@
 """A row of text and images becomes the published sequence of ids; every mismatch is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmax_fast.data.sequences import count_images, expand, integer_array, open_tokenizer, ready_ids
+from medmax_fast.data.sequences import count_images, expand, expand_rows, integer_array, open_tokenizer, ready_ids
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES, IMAGE_IDS, IdLayout
 
@@ -70,6 +71,129 @@ def test_a_code_outside_the_codebook(code):
     codes[77] = code
     with pytest.raises(InputError, match=rf"image code {code} is outside 0\.\.8191"):
         expand([8711], [codes], LAYOUT)
+
+
+# What the native expansion must agree with: rows good and bad, of both kinds.
+row_texts = st.lists(st.sampled_from([8711, 8711, 8710, 3, 8999, *range(8712, 8720), 5, 8197, 9000, -1]), max_size=9)
+row_specs = st.tuples(
+    st.one_of(text_ids, text_ids, text_ids, row_texts), st.integers(-1, 8) | st.just(0), st.integers(0, 9)
+)
+
+
+def native(rows, table, layout=LAYOUT, text_type=np.int64, blocks=3, threads=0):
+    """expand_rows of (text, images, ready) rows, whose images are rows of `table`, handed over in several blocks."""
+    offsets = np.cumsum([0, *(len(text) for text, _, _ in rows)])
+    image_offsets = np.cumsum([0, *(len(images) for _, images, _ in rows)])
+    text = np.array([i for row in rows for i in row[0]], dtype=text_type)
+    images = np.array([i for row in rows for i in row[1]], dtype=np.int64)
+    ready = np.array([row[2] for row in rows], dtype=bool)
+    parts = np.array_split(table, blocks)
+    return expand_rows(text, offsets, parts, images, image_offsets, layout, ready=ready, threads=threads)
+
+
+def reference(text, images, ready, table, layout=LAYOUT):
+    """(ids, "") or ([], message) of one row by the NumPy forms."""
+    try:
+        return (ready_ids(text, layout) if ready else expand(text, table[images], layout)).tolist(), ""
+    except InputError as error:
+        return [], str(error)
+
+
+def test_native_rows_equal_the_reference():
+    seen: set[str] = set()
+
+    @settings(max_examples=80, deadline=None)
+    @given(st.lists(row_specs, max_size=7), st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from(["i4", "i8"]))
+    def compare(specs, seed, threads, text_type):
+        draw = np.random.default_rng(seed)
+        table = draw.integers(0, 8192, (5, IMAGE_CODES)).astype(np.uint16)
+        # One image has a code beyond the codebook, and is drawn now and then.
+        table[4, draw.integers(0, IMAGE_CODES)] = 8192
+        rows = []
+        for text, more, ready in specs:
+            ready = bool(text) and ready == 0
+            count = 0 if ready else max(0, text.count(8711) + (more if more > 6 or more < 0 else 0))
+            rows.append((text, draw.choice(5, count, p=[0.24] * 4 + [0.04]).tolist(), ready))
+        made = native(rows, table, text_type=text_type, threads=threads)
+        assert made.ids.dtype == np.uint16 and made.offsets[0] == 0 and made.offsets[-1] == len(made.ids)
+        for i, (text, images, ready) in enumerate(rows):
+            ids, message = reference(text, images, ready, table)
+            error = made.error(i, len(images), LAYOUT, ready)
+            assert made.ids[made.offsets[i] : made.offsets[i + 1]].tolist() == ids
+            assert (str(error) if error else "") == message
+            seen.add(f"ready {made.kinds[i]}" if ready else f"{made.kinds[i]} with {min(len(images), 2)}")
+
+    compare()
+    # It has met good rows of both kinds and every kind of error.
+    assert seen >= {"0 with 0", "0 with 1", "0 with 2", "ready 0", "ready 4"}, seen
+    assert {name[0] for name in seen} >= set("01234"), seen
+
+
+def test_native_expansion_of_many_rows_on_several_threads(golden, tokenizer):
+    given_rows = [json.loads(line) for line in (golden / "sequences.jsonl").read_text().splitlines()]
+    table = np.array([row["image_tokens"] for row in given_rows], np.uint16)
+    rows, expected = [], []
+    for k in range(300):
+        row = given_rows[k % len(given_rows)]
+        ids = tokenizer.encode(row["text"])
+        rows.append((ids, [k % len(given_rows)] * count_images(ids, tokenizer.layout), False))
+        expected += row["tokens"]
+    for threads in (1, 2, 7, 1000):
+        made = native(rows, table, tokenizer.layout, threads=threads)
+        assert not made.kinds.any()
+        np.testing.assert_array_equal(made.ids, expected)
+
+
+@pytest.mark.parametrize("text_type", ["u2", "u4", "i4", "i8"])
+@pytest.mark.parametrize("vocab_size", [9000, 65_536, 65_537, 100_000])
+def test_widths(text_type, vocab_size):
+    layout = replace(LAYOUT, vocab_size=vocab_size)
+    table = np.full((1, IMAGE_CODES), 8191, np.uint16)
+    top = min(vocab_size, np.iinfo(text_type).max + 1) - 1
+    rows = [([8711, top], [0], False), ([top, 0], [], True), ([], [], False)]
+    made = native(rows, table, layout, text_type, blocks=1)
+    assert made.ids.dtype == (np.uint16 if vocab_size <= 65_536 else np.uint32)
+    assert made.ids.tolist() == [0, 8197, *[8195] * 1024, 8196, top, 2, top, 0, 0, 2]
+    if top < np.iinfo(text_type).max:
+        made = native([([top + 1], [], True), ([top + 1], [], False)], table, layout, text_type)
+        assert made.values.tolist() == [vocab_size] * 2 and "in tokens" in str(made.error(0, 0, layout, True))
+
+
+def test_no_rows():
+    made = native([], np.zeros((0, IMAGE_CODES), np.uint16))
+    assert made.ids.tolist() == [] and made.offsets.tolist() == [0]
+
+
+def test_buffers_are_checked_and_never_copied():
+    text, codes = np.array([8711, 8800]), np.zeros((2, IMAGE_CODES), np.uint16)
+
+    def call(text=text, offsets=(0, 2), codes=codes, images=(1,), image_offsets=(0, 1), ready=(0,)):
+        arrays = [np.array(a, np.int64) for a in (offsets, images, image_offsets)]
+        return expand_rows(text, arrays[0], [codes], *arrays[1:], LAYOUT, ready=np.array(ready))
+
+    assert len(call().ids) == 3 + 1026
+    for offsets in ((0, 3), (1, 0), (-1, 2)):
+        with pytest.raises(IndexError, match="text offset"):
+            call(offsets=offsets)
+    for image_offsets in ((0, 2), (-1, 1)):
+        with pytest.raises(IndexError, match="image offset"):
+            call(image_offsets=image_offsets)
+    for image in (2, -1):
+        with pytest.raises(IndexError, match=f"image {image}, expected 0..2"):
+            call(images=(image,))
+    with pytest.raises(ValueError, match="one entry more than ready"):
+        call(offsets=(0, 1, 2))
+    for wrong in (codes.astype(np.int64), np.zeros((4, IMAGE_CODES), np.uint16)[::2], codes.tolist()):
+        with pytest.raises(TypeError):
+            call(codes=wrong)
+    with pytest.raises(ValueError, match="1024"):
+        call(codes=np.zeros((2, 1023), np.uint16))
+    for wrong in (text.astype(np.float64), np.zeros(4, np.int64)[::2]):
+        with pytest.raises(TypeError):
+            call(text=wrong)
+    # Arrow hands out buffers that cannot be written.
+    text.flags.writeable = codes.flags.writeable = False
+    assert len(call().ids) == 3 + 1026
 
 
 def test_ready_ids():

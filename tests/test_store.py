@@ -1,6 +1,7 @@
 """The token store gives back what was written, streams, and never opens damaged."""
 
 import json
+import random
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmax_fast.data.store import StoreWriter, TokenStore, id_dtype, write_store
+from medmax_fast.data.store import RowsWriter, StoreWriter, TokenStore, id_dtype, write_store
 from medmax_fast.data.summary import store_summary
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IdLayout
@@ -89,6 +90,39 @@ def test_damage_is_found(tmp_path, name, damage):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_any_flipped_or_cut_byte_is_an_error_or_changes_nothing(tmp_path):
+    store, _ = small_store(tmp_path / "s")
+    read = lambda s: (s.layout, s.ids.tolist(), s.offsets.tolist(), s.keys, s.tasks, s.sources, s.manifest["tasks"])  # noqa: E731
+    expected, draw, errors = read(store), random.Random(2), 0
+    for name in ("manifest.json", "ids.bin", "offsets.npy", "rows.parquet"):
+        path = tmp_path / "s" / name
+        whole = path.read_bytes()
+        for trial in range(250 if name == "manifest.json" else 25):
+            at = draw.randrange(len(whole))
+            flipped = whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :]
+            path.write_bytes(flipped if trial % 5 else whole[:at])
+            try:
+                assert read(TokenStore(tmp_path / "s")) == expected
+            except InputError as error:
+                errors += 1
+                assert len(str(error).splitlines()) == 1 and str(tmp_path / "s") in str(error)
+        path.write_bytes(whole)
+    assert errors > 270
+
+
+def test_rows_in_portions_give_the_same_files(tmp_path):
+    """What `build` writes out of its journal is what StoreWriter writes row by row."""
+    store, rows = small_store(tmp_path / "s")
+    (tmp_path / "t").mkdir()
+    shutil.copy(tmp_path / "s" / "ids.bin", tmp_path / "t")
+    with RowsWriter(tmp_path / "t", LAYOUT) as writer:
+        for ids, *rest in rows:
+            writer.add(len(ids), *rest)
+        writer.finish(store.manifest["sha256"]["ids.bin"], note="x")
+    for name in ("offsets.npy", "rows.parquet", "manifest.json"):
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "t" / name).read_bytes()
+
+
 @pytest.mark.parametrize("offsets", [[0, 5, 3, 9], [1, 3, 6, 9], [0, 3, 6, 8], [0, 3, 3, 9], [0, 3, 9], [0.0, 3, 6, 9]])
 def test_wrong_offsets_are_found_even_unverified(tmp_path, offsets):
     write_store(tmp_path / "s", LAYOUT, [(np.array([0, 1, 2]), "k", "", "")] * 3)
@@ -127,7 +161,7 @@ def test_summary(tmp_path):
     # Supervised: what follows the first eot; without one, all but the first id.
     assert summary["rows"] == 4 and summary["ids"] == sum(len(r[0]) for r in rows)
     assert summary["supervised"] == 1027 + 2 + 2 + 1 and summary["images"] == 3
-    assert summary["rows_without_eot"] == 1 and summary["rows_unbalanced"] == 1 and summary["longest"] == 1031
+    assert summary["rows_without_eot"] == 1 and summary["rows_with_odd_images"] == 1 and summary["longest"] == 1031
     tasks = {row["task"]: (row["rows"], row["supervised"]) for row in summary["tasks"]}
     assert tasks == {"": (1, 1), "generation": (1, 1027), "vqa": (2, 4)}
     assert {row["source"]: row["rows"] for row in summary["sources"]} == {"": 1, "a": 1, "b": 2}

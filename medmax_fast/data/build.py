@@ -1,51 +1,58 @@
 """`medmax build`: rows of text and images to a token store, or to JSONL with `tokens`.
 
-One pass in constant memory: rows are read, checked, their text encoded in batches on all cores, images put in, and
-the ids written to a temporary name that becomes the output when everything is done. Two kinds of bad rows: a
-malformed one (wrong type, another number of `<image>` than images, an id outside the vocabulary) is a mistake to
-mend and ends the run unless --max-rejected is given; one that merely lacks codes (its image was rejected, or its
-owner has not given access) is left out, named in rejected.jsonl and counted per source.
+One pass in constant memory: this thread reads the file in chunks and writes results in order, --workers threads turn
+chunks into ids (assemble.py), and a bounded number of chunks is under way. What is finished stands in a journal in a
+hidden folder beside the output, so that the same command continues after a kill; the output appears at the end, by one
+rename, and its bytes depend neither on the number of workers nor on interruptions.
+
+Two kinds of bad rows: a malformed one (wrong type, another number of `<image>` than images, an id outside the
+vocabulary) is a mistake to mend and ends the run unless --max-rejected is given; one that merely lacks codes (its image
+was rejected, or its owner has not given access) is left out, named in rejected.jsonl and counted per source.
 """
 
-import itertools
+import contextlib
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from medmax_fast.config import BuildConfig
-from medmax_fast.data.codes import CodeTable, codes_fingerprint
-from medmax_fast.data.rows import column_names, parquet_rows, place, read_rows, table_kind, typed
-from medmax_fast.data.sequences import count_images, expand, integer_array, open_tokenizer, ready_ids
-from medmax_fast.data.store import StoreWriter, TokenStore
+from medmax_fast.data.assemble import COLUMNS, Assembler
+from medmax_fast.data.chunks import in_order, read_chunks
+from medmax_fast.data.codes import CodeTable, code_files, codes_fingerprint
+from medmax_fast.data.journal import Journal
+from medmax_fast.data.rows import column_names, parquet_rows, table_kind
+from medmax_fast.data.sequences import open_tokenizer
+from medmax_fast.data.store import IDS_FILE, RowsWriter, TokenStore
 from medmax_fast.runtime import (
     SETTINGS_FILE,
     InputError,
+    Progress,
     TooManyRejected,
     atomic_path,
     hash_file,
+    log,
     open_output,
-    progress,
+    remove,
+    require_at_least,
     require_new,
+    versions,
+    write_json,
 )
 from medmax_fast.vocab import TextTokenizer
 
-COLUMNS = ("text", "tokens", "image_path", "image_tokens", "task", "source", "credential")
 REJECTED_FILE = "rejected.jsonl"
-_BATCH = 512
-
-
-class NoCodes(Exception):
-    """A well-formed row whose images have no codes."""
+# In the hidden folder: what becomes the output.
+_STORE, _JSONL = "store", "rows.jsonl"
 
 
 def build(config: BuildConfig) -> dict:
     """Run the command; returns its summary. Raises InputError, or TooManyRejected once the output is complete."""
     start = time.monotonic()
     output = Path(config.output)
+    require_at_least(config, 0, "workers")
     if config.max_rejected is not None and config.max_rejected < 0:
         raise InputError(f"--max-rejected {config.max_rejected}: expected 0 or more")
     _check_input(config)
@@ -69,31 +76,42 @@ def _check_input(config: BuildConfig) -> None:
     names = column_names(config.input) if kind == "parquet" else ["text"]
     if "text" not in names and "tokens" not in names:
         raise InputError(f"{config.input}: no column 'text' or 'tokens', found {', '.join(names) or 'none'}")
+    for name, count in Counter(names).items():
+        if count > 1 and (name in COLUMNS or config.format == "jsonl"):
+            raise InputError(f"{config.input}: column {name!r} appears {count} times, expected once")
 
 
 def _build_store(config: BuildConfig, output: Path, tokenizer: TextTokenizer) -> dict:
-    settings = {
-        "input_sha256": hash_file(config.input),
-        "tokenizer_sha256": tokenizer.sha256(),
-        "codes_sha256": codes_fingerprint(config.codes) if config.codes else "",
-    }
+    settings = _settings(config, tokenizer)
     if (output / SETTINGS_FILE).exists():
-        open_output(output, "build", settings)
-        return {"output": str(output), **TokenStore(output).manifest["summary"]}
+        return _finished(output, settings)
     require_new(output)
-    with atomic_path(output) as temporary:
-        open_output(temporary, "build", settings)
-        with (
-            open(temporary / REJECTED_FILE, "w", encoding="utf-8") as rejected,
-            StoreWriter(temporary, tokenizer.layout) as writer,
-        ):
-            rows = RowBuilder(config, tokenizer, rejected, scratch=temporary)
-            for row, values, ids in rows.run():
-                key = f"{Path(config.input).name}:{row}"
-                writer.append(ids, key, values.get("task") or "", values.get("source") or "")
-            summary = rows.summary()
-            writer.close(tokenizer_sha256=settings["tokenizer_sha256"], settings=settings, summary=summary)
+    with _open_journal(config, output, settings, f"{_STORE}/{IDS_FILE}") as journal:
+        # Another process may have finished it while this one read the input.
+        if (output / SETTINGS_FILE).exists():
+            return _finished(output, settings)
+        _append_chunks(config, tokenizer, journal)
+        folder = journal.folder / _STORE
+        for entry in folder.iterdir():
+            if entry.name != IDS_FILE:
+                remove(entry)
+        write_json(folder / SETTINGS_FILE, {"command": "build", "settings": settings, "versions": versions()})
+        with RowsWriter(folder, tokenizer.layout) as writer:
+            summary = _summarize(journal.records(), config, folder / REJECTED_FILE, writer)
+            hashes = {"tokenizer_sha256": settings["tokenizer_sha256"]}
+            writer.finish(journal.digest.hexdigest(), **hashes, settings=settings, summary=summary)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        os.replace(folder, output)
+        journal.remove()
     return {"output": str(output), **summary}
+
+
+def _finished(output: Path, settings: dict) -> dict:
+    """The summary of a store that is there already; InputError if it was made of something else."""
+    open_output(output, "build", settings)
+    remove(_hidden(output))
+    return {"output": str(output), **TokenStore(output).manifest["summary"]}
 
 
 def _build_jsonl(config: BuildConfig, output: Path, tokenizer: TextTokenizer) -> dict:
@@ -103,140 +121,112 @@ def _build_jsonl(config: BuildConfig, output: Path, tokenizer: TextTokenizer) ->
         raise InputError(f"{output}: --output is the --input file; choose another name")
     # Beside the rows, under their name, since train.jsonl and validation.jsonl usually share a folder.
     rejected_path = output.with_name(f"{output.stem}.{REJECTED_FILE}")
-    with atomic_path(rejected_path) as bad, atomic_path(output) as temporary:
-        with open(bad, "w", encoding="utf-8") as rejected, open(temporary, "w", encoding="utf-8") as file:
-            rows = RowBuilder(config, tokenizer, rejected, scratch=output.parent)
-            for _, values, ids in rows.run():
-                file.write(json.dumps({**values, "tokens": ids.tolist()}, default=str) + "\n")
-        return {"output": str(output), "rejected_file": str(rejected_path), **rows.summary()}
+    with _open_journal(config, output, _settings(config, tokenizer), _JSONL) as journal:
+        _append_chunks(config, tokenizer, journal)
+        with atomic_path(rejected_path) as rejected:
+            summary = _summarize(journal.records(), config, rejected)
+        os.replace(journal.data_path, output)
+        journal.remove()
+    return {"output": str(output), "rejected_file": str(rejected_path), **summary}
 
 
-class RowBuilder:
-    """Turns the rows of a table into ids, keeping count of what was made and what was rejected.
+def _settings(config: BuildConfig, tokenizer: TextTokenizer) -> dict:
+    return {
+        "input_sha256": hash_file(config.input),
+        "tokenizer_sha256": tokenizer.sha256(),
+        "codes_sha256": codes_fingerprint(config.codes) if config.codes else "",
+    }
 
-    rejected: open text file that gets one JSON line per rejected row. scratch: folder for the codes' scratch file.
-    """
 
-    def __init__(self, config: BuildConfig, tokenizer: TextTokenizer, rejected, scratch: Path):
-        self.input = Path(config.input)
-        self.tokenizer = tokenizer
-        self.layout = tokenizer.layout
-        self.keep_columns = None if config.format == "jsonl" else COLUMNS
-        self.malformed_ends_run = config.max_rejected is None
-        self.table = CodeTable(config.codes, self.layout.num_codes, scratch) if config.codes else None
-        self._rejected = rejected
-        self.made: Counter[tuple[str, str]] = Counter()
-        self.bad: Counter[str] = Counter()
-        self.no_codes = 0
-        self.ids = 0
+def _hidden(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
-    def run(self) -> Iterator[tuple[int, dict, np.ndarray]]:
-        """Yield (row number, values, ids int64) of every good row, in order."""
-        on_bad = None if self.malformed_ends_run else (lambda row, reason: self._reject(row, {}, reason))
-        total = parquet_rows(self.input) if table_kind(self.input) == "parquet" else None
-        rows = iter(progress(read_rows(self.input, self.keep_columns, on_bad), "build", total))
-        while batch := list(itertools.islice(rows, _BATCH)):
-            yield from self._batch(batch)
-        if not self.made and not self.bad:
-            raise InputError(f"{self.input}: no rows")
 
-    def _batch(self, batch: list[tuple[int, dict]]) -> Iterator[tuple[int, dict, np.ndarray]]:
-        items = [self._text_or_ids(values) for _, values in batch]
-        encoded = iter(self.tokenizer.encode_batch([item for item in items if isinstance(item, str)]))
-        for (row, values), item in zip(batch, items, strict=True):
-            try:
-                if isinstance(item, InputError):
-                    raise item
-                if isinstance(item, str):
-                    text_ids = next(encoded)
-                    item = expand(text_ids, self._images(values, count_images(text_ids, self.layout)), self.layout)
-            except InputError as error:
-                if self.malformed_ends_run:
-                    raise InputError(f"{self.input}: {place(self.input, row)}: {error}") from error
-                self._reject(row, values, str(error))
-            except NoCodes as error:
-                self.no_codes += 1
-                self._reject(row, values, str(error))
-            else:
-                self.ids += len(item)
-                self.made[values.get("task") or "", values.get("source") or ""] += 1
-                yield row, values, item
-
-    def _text_or_ids(self, values: dict) -> str | np.ndarray | InputError:
-        """The row's text, or its ids where it has `tokens`; an error is kept until its row's turn comes."""
+@contextlib.contextmanager
+def _open_journal(config: BuildConfig, output: Path, settings: dict, data: str) -> Iterator[Journal]:
+    """The journal beside the output; an InputError is a thing to mend in the input, and leaves nothing."""
+    codes = [(p.name, p.stat().st_mtime_ns) for p in code_files(config.codes)] if config.codes else []
+    settings = {
+        **settings,
+        "input": Path(config.input).name,
+        "codes": codes,
+        "format": config.format,
+        "malformed_ends_run": config.max_rejected is None,
+        "versions": versions(),
+    }
+    with Journal(_hidden(output), settings, data) as journal:
+        if journal.last:
+            log(f"{output}: going on with row {journal.last['row']}, where an earlier run was interrupted")
         try:
-            for name in ("task", "source"):
-                typed(values, name, str)
-            if values.get("tokens"):
-                return ready_ids(values["tokens"], self.layout)
-            text = typed(values, "text", str)
-            if text is None:
-                raise InputError("neither text nor tokens, expected one of them")
-            text.encode()
-            return text
-        except UnicodeEncodeError:
-            return InputError("text holds a lone surrogate, expected Unicode text")
-        except InputError as error:
-            return error
+            yield journal
+        except InputError:
+            journal.remove()
+            raise
 
-    def _images(self, values: dict, wanted: int) -> list[np.ndarray]:
-        """Codes of each image of a row whose text has `wanted` placeholders."""
-        protected = _is_protected(values)
-        given = typed(values, "image_tokens", list)
-        # An empty list says `no image` where the text has none, and `not tokenized yet` where it has some.
-        if given or (given is not None and not wanted):
-            several = given and isinstance(given[0], list)
-            return [integer_array(codes, "image_tokens") for codes in (given if several else [given] * bool(given))]
-        paths = typed(values, "image_path", str, list) or []
-        paths = [paths] if isinstance(paths, str) else paths
-        if any(not isinstance(path, str) or not path for path in paths):
-            raise InputError("image_path holds something else than paths")
-        if protected and wanted and not paths:
-            raise NoCodes("credential yes without image_path or codes")
-        if len(paths) != wanted:
-            raise InputError(f"{wanted} <image> in the text but {len(paths)} images, expected equal numbers")
-        return [self._codes(path) for path in paths]
 
-    def _codes(self, path: str) -> np.ndarray:
-        if self.table is None:
-            raise NoCodes(f"{path}: no image_tokens, and no --codes to look it up in")
-        codes = self.table.find(path, self.input.parent)
-        if codes is None:
-            raise NoCodes(f"{path}: {self.table.reason(path)}")
-        return codes
+def _append_chunks(config: BuildConfig, tokenizer: TextTokenizer, journal: Journal) -> None:
+    """Turn what the journal does not have yet into ids, in order."""
+    path = Path(config.input)
+    before = _state(path)
+    table = CodeTable(config.codes, tokenizer.layout.num_codes, journal.folder) if config.codes else None
+    assembler = Assembler(config, tokenizer, table)
+    row, byte = journal.last.get("row", 0), journal.last.get("byte", 0)
+    chunks = read_chunks(path, assembler.columns, row, byte)
+    total = parquet_rows(path) if table_kind(path) == "parquet" else None
+    workers = config.workers or len(os.sched_getaffinity(0))
+    with Progress("build", total, row) as bar:
+        for data, record in in_order(assembler, chunks, workers):
+            journal.append(data, record)
+            bar.update(record["row"])
+    if _state(path) != before:
+        raise InputError(f"{path}: changed while it was read; build it again")
 
-    def _reject(self, row: int, values: dict, reason: str) -> None:
-        source = values.get("source")
-        source = source if isinstance(source, str) else ""
-        self.bad[source] += 1
-        self._rejected.write(json.dumps({"row": row, "reason": reason, "source": source}) + "\n")
 
-    def summary(self) -> dict:
-        """Counts for the command's result."""
-        tasks, sources = Counter(), Counter()
-        for (task, source), n in self.made.items():
-            tasks[task] += n
-            sources[source] += n
-        return {
-            "rows": self.made.total(),
-            "ids": self.ids,
-            "rejected": self.bad.total(),
-            "rejected_without_codes": self.no_codes,
-            "tasks": _table("task", {task: {"rows": n} for task, n in tasks.items()}),
-            "sources": _table(
-                "source", {s: {"rows": sources[s], "rejected": self.bad[s]} for s in sources.keys() | self.bad.keys()}
-            ),
-        }
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _summarize(
+    records: Iterable[dict], config: BuildConfig, rejected_path: Path, writer: RowsWriter | None = None
+) -> dict:
+    """Write rejected.jsonl, and rows to a store's writer, out of the journal; returns the command's counts."""
+    made: Counter[tuple[str, str]] = Counter()
+    bad: Counter[str] = Counter()
+    without_codes: Counter[str] = Counter()
+    ids, name = 0, Path(config.input).name
+    with open(rejected_path, "w", encoding="utf-8") as file:
+        for record in records:
+            (tasks, task_of), (sources, source_of) = record["tasks"], record["sources"]
+            ids += sum(record["lengths"])
+            columns = (record["rows"], record["lengths"], task_of, source_of)
+            for row, length, task, source in zip(*columns, strict=True):
+                made[tasks[task], sources[source]] += 1
+                if writer:
+                    writer.add(length, f"{name}:{row}", tasks[task], sources[source])
+            for row, reason, source, no_codes in record["rejected"]:
+                file.write(json.dumps({"row": row, "reason": reason, "source": source}) + "\n")
+                bad[source] += 1
+                without_codes[source] += no_codes
+    if not made and not bad:
+        raise InputError(f"{config.input}: no rows")
+    tasks, sources = Counter(), Counter()
+    for (task, source), n in made.items():
+        tasks[task] += n
+        sources[source] += n
+    by_source = {
+        s: {"rows": sources[s], "rejected": bad[s], "without_codes": without_codes[s]}
+        for s in sources.keys() | bad.keys()
+    }
+    return {
+        "rows": made.total(),
+        "ids": ids,
+        "rejected": bad.total(),
+        "rejected_without_codes": without_codes.total(),
+        "tasks": _table("task", {task: {"rows": n} for task, n in tasks.items()}),
+        "sources": _table("source", by_source),
+    }
 
 
 def _table(name: str, rows: dict[str, dict]) -> list[dict]:
     return [{name: key, **rows[key]} for key in sorted(rows)]
-
-
-def _is_protected(values: dict) -> bool:
-    value = typed(values, "credential", str)
-    if value is None or value.strip().lower() in ("", "no"):
-        return False
-    if value.strip().lower() == "yes":
-        return True
-    raise InputError(f"credential is {value!r}, expected yes or no")

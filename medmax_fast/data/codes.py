@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.rows import parquet_batches, parquet_rows, read_rows
-from medmax_fast.runtime import InputError, read_json
+from medmax_fast.runtime import InputError, hash_file, read_json
 from medmax_fast.vocab import IMAGE_CODES
 
 MANIFEST_FILE = "manifest.json"
@@ -84,29 +84,32 @@ class CodeTable:
 
     A path is looked up as it is written; if that fails, as the absolute path that it means (`base` is the folder
     that relative ones start from; the table's own relative paths start from the folder recorded in its manifest).
+    codes: memmap uint16 [rows, 1024], to be read only.
     """
 
     def __init__(self, source: str | Path, num_codes: int, scratch: str | Path | None = None):
         source = Path(source)
         files = code_files(source)
         folder = source if source.is_dir() else source.parent
-        self.base = str(_manifest(folder).get("base", folder))
+        manifest = _manifest(folder)
+        self.base = str(manifest.get("base", folder))
+        _verify(files, manifest)
         self.reasons = _rejection_reasons(folder)
         self._rows: dict[str, int] = {}
         total = sum(parquet_rows(path) for path in files)
         with tempfile.TemporaryFile(dir=scratch) as file:
             file.truncate(max(total, 1) * IMAGE_CODES * 2)
-            self._codes = np.memmap(file, np.uint16, "r+", shape=(max(total, 1), IMAGE_CODES))
+            self.codes = np.memmap(file, np.uint16, "r+", shape=(max(total, 1), IMAGE_CODES))
         self._fill(files, num_codes)
 
     def _fill(self, files: list[Path], num_codes: int) -> None:
         end = 0
         for path in files:
             for names, codes in read_codes(path, num_codes):
-                self._codes[end : end + len(names)] = codes
+                self.codes[end : end + len(names)] = codes
                 for row, name in enumerate(names, end):
                     first = self._rows.setdefault(name, row)
-                    if first != row and not np.array_equal(self._codes[first], self._codes[row]):
+                    if first != row and not np.array_equal(self.codes[first], self.codes[row]):
                         raise InputError(f"{path}: {name} appears twice with different codes")
                 end += len(names)
 
@@ -119,10 +122,13 @@ class CodeTable:
 
     def find(self, path: str, base: str | Path) -> np.ndarray | None:
         """Codes uint16 [1024] of an image path, or None."""
+        row = self.find_row(path, base)
+        return None if row is None else self.codes[row]
+
+    def find_row(self, path: str, base: str | Path) -> int | None:
+        """The row of `codes` of an image path, or None."""
         row = self._rows.get(path)
-        if row is None:
-            row = self._by_absolute.get(_absolute(str(base), path))
-        return None if row is None else self._codes[row]
+        return self._by_absolute.get(_absolute(str(base), path)) if row is None else row
 
     def reason(self, path: str) -> str:
         """Why an image has no codes, in a few words."""
@@ -147,6 +153,16 @@ def codes_fingerprint(source: str | Path) -> str:
 def _manifest(folder: Path) -> dict:
     path = folder / MANIFEST_FILE
     return read_json(path) if path.exists() else {}
+
+
+def _verify(files: list[Path], manifest: dict) -> None:
+    """InputError for a file that is not what the manifest says it was when it was written."""
+    shards = manifest.get("shards")
+    hashes = {s.get("file"): s.get("sha256") for s in shards if isinstance(s, dict)} if isinstance(shards, list) else {}
+    for path in files:
+        expected = hashes.get(path.name)
+        if expected and hash_file(path) != expected:
+            raise InputError(f"{path}: damaged (sha256 differs from {MANIFEST_FILE}); tokenize its images again")
 
 
 def _rejection_reasons(folder: Path) -> dict[str, str]:

@@ -80,16 +80,26 @@ def _read_jsonl(path: Path, columns, on_bad: OnBad | None) -> Iterator[tuple[int
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
-                reason = "" if isinstance(values, dict) else f"{type(values).__name__} {_short(values)}"
-            except json.JSONDecodeError as error:
-                reason = f"not valid JSON ({error.msg} at column {error.colno})"
-            except (UnicodeDecodeError, RecursionError) as error:
-                reason = f"not valid JSON ({error})"
-            if reason:
-                _bad(path, row, f"{reason}, expected a JSON object", on_bad)
+                values = json_object(line)
+            except InputError as error:
+                _bad(path, row, str(error), on_bad)
             else:
                 yield row, values if columns is None else {k: values[k] for k in columns if k in values}
+
+
+def json_object(line: bytes) -> dict:
+    """One line of JSONL; InputError (the caller adds the place) if it is anything but an object."""
+    try:
+        values = json.loads(line)
+        reason = "" if isinstance(values, dict) else f"{type(values).__name__} {_short(values)}"
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg} at column {error.colno})"
+    # ValueError: besides text that is not UTF-8, an integer of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON ({_first_line(error)})"
+    if reason:
+        raise InputError(f"{reason}, expected a JSON object")
+    return values
 
 
 def _read_csv(path: Path, columns, on_bad: OnBad | None) -> Iterator[tuple[int, dict]]:
@@ -140,17 +150,33 @@ def _read_parquet(path: Path, columns, on_bad: OnBad | None) -> Iterator[tuple[i
             row += 1
 
 
-def parquet_batches(path: str | Path, columns: Sequence[str] | None = None, rows: int = PARQUET_BATCH) -> Iterator:
-    """Record batches of a Parquet file; columns that are absent are left out; InputError if it is corrupt."""
+def parquet_batches(
+    path: str | Path, columns: Sequence[str] | None = None, rows: int = PARQUET_BATCH, first: int = 0
+) -> Iterator:
+    """Record batches of a Parquet file from row `first` on, absent columns left out; InputError if it is corrupt."""
     import pyarrow
 
     file = _open_parquet(Path(path))
     names = file.schema_arrow.names
+    wanted = names if columns is None else [n for n in columns if n in names]
     try:
-        for batch in file.iter_batches(rows, columns=names if columns is None else [n for n in columns if n in names]):
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        group = 0
+        while group < len(sizes) and first >= sizes[group]:
+            first -= sizes[group]
+            group += 1
+        left = sum(sizes[group:])
+        for batch in file.iter_batches(rows, row_groups=range(group, len(sizes)), columns=wanted):
             # Flipped bytes may leave strings that are not UTF-8 and offsets that point outside.
             batch.validate(full=True)
-            yield batch
+            left -= batch.num_rows
+            if first < batch.num_rows:
+                yield batch.slice(first)
+            first = max(first - batch.num_rows, 0)
+        if left and wanted:
+            raise InputError(f"{path}: corrupt Parquet ({left} rows fewer than its footer counts)")
+    except InputError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: corrupt Parquet ({_first_line(error)})") from error
 
@@ -160,7 +186,8 @@ def _open_parquet(path: Path):
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
+        # Page checksums are verified where a file has them; the pages of others may be wrong without a sign.
+        return parquet.ParquetFile(path, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a Parquet file, or a damaged one ({_first_line(error)})") from error
 

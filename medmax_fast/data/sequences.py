@@ -2,10 +2,12 @@
 
 The k-th placeholder becomes [boi] + 1024 image ids + [eoi] of the row's k-th image; another number of images than
 placeholders is an error (the published tool put one image in for all of them). Text is encoded in batches, because
-the tokenizers library then uses all cores; expansion is one allocation and a copy per image.
+the tokenizers library then uses all cores. `expand_rows` does all rows of a batch in one call of csrc/expand (threads,
+no GIL, no copies of what goes in); `expand` says the same in NumPy, a row at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +48,12 @@ def expand(text_ids: Sequence[int], images: Sequence[np.ndarray], layout: IdLayo
     """Ids int64 of a row: encoded text without bos and eos, and one array of 1024 codes per placeholder.
 
     Raises InputError (without a place, which the caller knows) for another number of images, of codes, a code
-    outside the codebook, or text that spells the name of an image id.
+    outside the codebook, or text that spells the name of an image id or goes beyond the vocabulary.
     """
     text = np.asarray(text_ids, dtype=np.int64)
+    outside = text[(text < 0) | (text >= layout.vocab_size)]
+    if len(outside):
+        raise InputError(f"id {outside[0]} of the text, expected 0..{layout.vocab_size - 1}")
     at = np.flatnonzero(text == layout.placeholder)
     if len(at) != len(images):
         raise InputError(f"{len(at)} <image> in the text but {len(images)} images, expected equal numbers")
@@ -68,6 +73,64 @@ def expand(text_ids: Sequence[int], images: Sequence[np.ndarray], layout: IdLayo
     end = _put(ids, end, text[start:])
     assert end == len(ids) - 1, (end, len(ids))
     return ids
+
+
+@dataclass(frozen=True)
+class ExpandedRows:
+    """N rows of ids: uint16 (uint32 where the vocabulary needs it) [M], row i at offsets[i]:offsets[i + 1].
+
+    kinds uint8 [N]: 0, or the number of what is wrong with a row, which then has no ids. values int64 [N]: what was
+    found. offsets int64 [N + 1].
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    kinds: np.ndarray
+    values: np.ndarray
+
+    def error(self, row: int, images: int, layout: IdLayout, ready: bool = False) -> InputError | None:
+        """What is wrong with a row of so many images, in the words of `expand`, or of `ready_ids` for a ready one."""
+        value = self.values[row]
+        outside = "in tokens" if ready else "of the text"
+        words = (
+            "",
+            f"{value} <image> in the text but {images} images, expected equal numbers",
+            f"the text spells id {value}, which only an image may hold; write <image> instead",
+            f"image code {value} is outside 0..{layout.num_codes - 1}",
+            f"id {value} {outside}, expected 0..{layout.vocab_size - 1}",
+        )[self.kinds[row]]
+        return InputError(words) if words else None
+
+
+def expand_rows(
+    text: np.ndarray,
+    text_offsets: np.ndarray,
+    codes: Sequence[np.ndarray],
+    images: np.ndarray,
+    image_offsets: np.ndarray,
+    layout: IdLayout,
+    *,
+    ready: np.ndarray | None = None,
+    threads: int = 0,
+) -> ExpandedRows:
+    """`expand` for N rows in one call; what a bad row has wrong stands in the result instead of an exception.
+
+    text: int32, int64, uint16 or uint32 [T], the encoded texts end to end; text_offsets: int64 [N + 1]. codes: blocks
+    uint16 [n, 1024], all contiguous, may be memory-mapped. images: int64 [K], which image each placeholder takes,
+    counted through the blocks; image_offsets: int64 [N + 1], where a row's images lie in `images`. ready: bool [N],
+    rows whose text is their ids already, which are checked and taken. threads: 0 chooses by size.
+    IndexError: offsets or images outside their arrays. TypeError: another dtype, or an array that is not contiguous.
+    """
+    from medmax_fast import _csrc
+
+    special = [layout.bos, layout.eos, layout.image_start, layout.num_codes, layout.eoi, layout.boi]
+    special = np.array([*special, layout.placeholder, layout.vocab_size], dtype=np.int64)
+    flags = np.zeros(len(text_offsets) - 1, np.uint8) if ready is None else np.ascontiguousarray(ready, np.uint8)
+    wide = layout.vocab_size > 1 << 16
+    parts = _csrc.expand_rows(
+        text, text_offsets, flags, list(codes), images, image_offsets, special, wide=wide, threads=threads
+    )
+    return ExpandedRows(*parts)
 
 
 def _put(ids: np.ndarray, end: int, values: np.ndarray) -> int:

@@ -3,7 +3,7 @@
     ids.bin        all rows end to end, uint16 (uint32 where the vocabulary needs it)
     offsets.npy    int64 [N + 1], where row i is ids[offsets[i] : offsets[i + 1]]
     rows.parquet   per row: key (input file and row number), task, source
-    manifest.json  id layout, counts, sha256 of each file, tokenizer hash, settings
+    manifest.json  id layout, counts, sha256 of each file and of itself, tokenizer hash, settings
     settings.json  what the store was made from (see runtime.open_output)
 
 Writing streams: 8 bytes a row stay in memory. Opening verifies every checksum (about 0.5 s per gigabyte on a
@@ -13,6 +13,7 @@ current processor) unless told not to, so that a damaged store is an error and n
 import array
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -27,11 +28,18 @@ IDS_FILE, OFFSETS_FILE, ROWS_FILE, MANIFEST_FILE = "ids.bin", "offsets.npy", "ro
 FORMAT_VERSION = 1
 _ROW_COLUMNS = ("key", "task", "source")
 _ROWS_PER_GROUP = 65536
+_SELF = "manifest_sha256"
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _manifest_digest(manifest: dict) -> str:
+    """sha256 of a manifest's other entries."""
+    entries = {name: value for name, value in manifest.items() if name != _SELF}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 class TokenStore:
@@ -52,10 +60,14 @@ class TokenStore:
             self._rows, total = int(self.manifest["rows"]), int(self.manifest["ids"])
             dtype = np.dtype(self.manifest["dtype"])
             checksums = dict(self.manifest["sha256"])
-        except (KeyError, TypeError, ValueError) as error:
+            digest = self.manifest.get(_SELF)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(f"{self.path / MANIFEST_FILE}: not a store manifest ({error!r})") from error
         if version != FORMAT_VERSION or dtype not in (np.uint16, np.uint32):
             raise InputError(f"{self.path / MANIFEST_FILE}: format {version!r} of {dtype}, expected {FORMAT_VERSION}")
+        # Stores of before this entry have none.
+        if digest is not None and digest != _manifest_digest(self.manifest):
+            raise InputError(f"{self.path / MANIFEST_FILE}: damaged ({_SELF} differs); build the store again")
         if verify:
             self._verify(checksums)
         self.offsets = self._read_offsets(total)
@@ -120,10 +132,9 @@ class TokenStore:
         return self._columns["source"]
 
 
-class StoreWriter:
-    """Write a store into an existing folder, row by row; `close` completes it with the manifest.
-
-    The folder is the caller's temporary one (runtime.atomic_path), so a store that exists is complete.
+class RowsWriter:
+    """The other files of a store, into a folder in which ids.bin is written: offsets, rows, and with `close` the
+    manifest. 8 bytes a row stay in memory, and the files do not depend on how the rows came in portions.
     """
 
     def __init__(self, folder: str | Path, layout: IdLayout):
@@ -133,29 +144,26 @@ class StoreWriter:
         self.path = Path(folder)
         self.layout = layout
         self.dtype = id_dtype(layout.vocab_size)
-        self._file = open(self.path / IDS_FILE, "wb")  # noqa: SIM115
-        self._digest = hashlib.sha256()
         self._offsets = array.array("q", [0])
         self._schema = pyarrow.schema([(name, pyarrow.string()) for name in _ROW_COLUMNS])
-        self._parquet = parquet.ParquetWriter(self.path / ROWS_FILE, self._schema, compression="zstd")
+        # Pages with checksums, like all Parquet that is written here.
+        self._parquet = parquet.ParquetWriter(
+            self.path / ROWS_FILE, self._schema, compression="zstd", write_page_checksum=True
+        )
         self._pending: list[tuple[str, str, str]] = []
         self.tasks: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
 
-    def __enter__(self) -> "StoreWriter":
+    def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
         self._parquet.close()
-        self._file.close()
 
-    def append(self, ids: np.ndarray, key: str, task: str = "", source: str = "") -> None:
-        """Add one row of at least one id; the ids must be in the vocabulary."""
-        assert len(ids) and ids.min() >= 0 and ids.max() < self.layout.vocab_size, key
-        data = np.ascontiguousarray(ids, self.dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self._offsets.append(self._offsets[-1] + len(ids))
+    def add(self, length: int, key: str, task: str = "", source: str = "") -> None:
+        """Add one row of `length` > 0 ids."""
+        assert length > 0, key
+        self._offsets.append(self._offsets[-1] + length)
         self._pending.append((key, task, source))
         self.tasks[task] += 1
         self.sources[source] += 1
@@ -169,11 +177,10 @@ class StoreWriter:
         self._parquet.write_table(pyarrow.table([list(c) for c in columns], schema=self._schema))
         self._pending.clear()
 
-    def close(self, **more) -> dict:
-        """Finish the files and write the manifest, with the entries of `more` in it; returns the manifest."""
+    def finish(self, ids_sha256: str, **more) -> dict:
+        """Complete the files and write the manifest, with the entries of `more` in it; returns the manifest."""
         self._flush()
         self._parquet.close()
-        self._file.close()
         np.save(self.path / OFFSETS_FILE, np.frombuffer(self._offsets, np.int64))
         checksums = {name: hash_file(self.path / name) for name in (OFFSETS_FILE, ROWS_FILE)}
         manifest = {
@@ -182,13 +189,42 @@ class StoreWriter:
             "ids": self._offsets[-1],
             "dtype": self.dtype.name,
             "layout": asdict(self.layout),
-            "sha256": {IDS_FILE: self._digest.hexdigest(), **checksums},
+            "sha256": {IDS_FILE: ids_sha256, **checksums},
             "tasks": dict(sorted(self.tasks.items())),
             "sources": dict(sorted(self.sources.items())),
             **more,
         }
+        # As it will be read, so with texts for keys.
+        manifest = json.loads(json.dumps(manifest))
+        manifest[_SELF] = _manifest_digest(manifest)
         write_json(self.path / MANIFEST_FILE, manifest)
         return manifest
+
+
+class StoreWriter(RowsWriter):
+    """Write a whole store into an existing folder, row by row; `close` completes it with the manifest."""
+
+    def __init__(self, folder: str | Path, layout: IdLayout):
+        super().__init__(folder, layout)
+        self._file = open(self.path / IDS_FILE, "wb")  # noqa: SIM115
+        self._digest = hashlib.sha256()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__()
+        self._file.close()
+
+    def append(self, ids: np.ndarray, key: str, task: str = "", source: str = "") -> None:
+        """Add one row of at least one id; the ids must be in the vocabulary."""
+        assert len(ids) and ids.min() >= 0 and ids.max() < self.layout.vocab_size, key
+        data = np.ascontiguousarray(ids, self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.add(len(ids), key, task, source)
+
+    def close(self, **more) -> dict:
+        """Finish the files and write the manifest, with the entries of `more` in it; returns the manifest."""
+        self._file.close()
+        return self.finish(self._digest.hexdigest(), **more)
 
 
 def write_store(folder: str | Path, layout: IdLayout, rows: Iterable[tuple], **more) -> TokenStore:
