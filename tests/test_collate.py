@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmax_fast import _csrc
-from medmax_fast.data.collate import IGNORED, collate, collate_ref, target_counts, target_counts_ref
+from medmax_fast.data.collate import (
+    IGNORED,
+    LABEL_POLICIES,
+    PackBuffers,
+    PackShape,
+    collate,
+    collate_ref,
+    target_counts,
+    target_counts_ref,
+)
+from medmax_fast.runtime import InputError
 
 EOT = 8710
 ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "rows")
@@ -24,7 +35,8 @@ def buffer(rows, dtype=np.uint16):
 
 
 def assert_same(batch, expected):
-    for name in ARRAYS:
+    assert (batch.loss_weights is None) == (expected.loss_weights is None)
+    for name in ARRAYS + ("loss_weights",) * (expected.loss_weights is not None):
         found, wanted = getattr(batch, name), getattr(expected, name)
         assert found.dtype == wanted.dtype, name
         np.testing.assert_array_equal(found, wanted, err_msg=name)
@@ -35,27 +47,197 @@ def assert_same(batch, expected):
 @st.composite
 def stores(draw):
     # Lengths around the block of 64 in which the C++ looks for eot; eot anywhere, often more than once or not at all.
-    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 5, 63, 64, 65, 127, 128, 129, 300]), min_size=1, max_size=8))
+    lengths = draw(st.lists(st.sampled_from([65, 300, 128, 0, 1, 2, 5, 63, 64, 127, 129]), min_size=1, max_size=8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    density = draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
+    density = draw(st.sampled_from([0.03, 0.3, 0.0, 1.0]))
     rows = [np.where(rng.random(n) < density, EOT, rng.integers(0, 8710, n)) for n in lengths]
     store = buffer(rows, draw(st.sampled_from([np.uint16, np.uint32])))
     chosen = draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
     return store, np.array(chosen, dtype=np.int64)
 
 
-@settings(max_examples=300, deadline=None)
-@given(stores(), st.sampled_from([0, 1, 2, 64, 100, 1000]), st.sampled_from([0, 1, 2, 5]))
-def test_equals_reference(data, max_length, threads):
-    store, rows = data
-    batch = collate(store.ids, store.offsets, rows, EOT, threads=threads, max_length=max_length)
-    assert_same(batch, collate_ref(store.ids, store.offsets, rows, EOT, max_length=max_length))
+def poisoned_buffers(length, sequences, weights):
+    buffers = PackBuffers.allocate(length, sequences, weights=weights)
+    for array in (buffers.input_ids, buffers.labels, buffers.position_ids, buffers.cu_seqlens):
+        array.fill(-7_777_777)
+    if weights:
+        buffers.loss_weights.fill(np.nan)
+    return buffers
 
-    counts = target_counts(store.ids, store.offsets, EOT, max_length, threads=threads)
-    np.testing.assert_array_equal(counts, target_counts_ref(store.ids, store.offsets, EOT, max_length))
-    assert counts[rows].sum() == batch.target_tokens
-    chosen = target_counts(store.ids, store.offsets, EOT, max_length, rows=rows, threads=threads)
-    np.testing.assert_array_equal(chosen, counts[rows])
+
+@pytest.mark.parametrize("labels", LABEL_POLICIES)
+def test_equals_reference(labels):
+    """All arguments at once; `seen` guards against a property that never meets what it is about."""
+    seen = Counter()
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        data=stores(),
+        max_length=st.sampled_from([0, 100, 64, 1000, 1, 2]),
+        threads=st.sampled_from([0, 1, 2, 5]),
+        weighted=st.sampled_from([True, False]),
+        room=st.sampled_from([7, 0, None, 1, 70]),
+        surplus=st.sampled_from([None, 2, 0, 1]),
+        reuse=st.booleans(),
+    )
+    def check(data, max_length, threads, weighted, room, surplus, reuse):
+        store, rows = data
+        options = {"max_length": max_length, "labels": labels}
+        plain = collate_ref(store.ids, store.offsets, rows, EOT, **options)
+        length = 0 if room is None else len(plain.input_ids) + room
+        sequences = 0 if surplus is None else len(rows) + (room is not None) + surplus
+        weights = np.random.default_rng(0).normal(size=len(rows)).astype(np.float32) if weighted else None
+        options |= {"weights": weights, "shape": PackShape(length, sequences)}
+        expected = collate_ref(store.ids, store.offsets, rows, EOT, **options)
+        buffers = poisoned_buffers(len(expected.labels) + 9, len(rows) + 5, weighted) if reuse else None
+        batch = collate(store.ids, store.offsets, rows, EOT, threads=threads, buffers=buffers, **options)
+        assert_same(batch, expected)
+        assert batch.num_ids == plain.num_ids == len(plain.labels)
+        if reuse:
+            assert all(getattr(batch, name).base is getattr(buffers, name) for name in ARRAYS[:4])
+            assert (buffers.input_ids[len(batch.input_ids) :] == -7_777_777).all()
+
+        counts = target_counts(store.ids, store.offsets, EOT, max_length, threads=threads, labels=labels)
+        wanted = target_counts_ref(store.ids, store.offsets, EOT, max_length, labels=labels)
+        np.testing.assert_array_equal(counts, wanted)
+        assert counts[rows].sum() == batch.target_tokens
+        chosen = target_counts(store.ids, store.offsets, EOT, max_length, rows=rows, threads=threads, labels=labels)
+        np.testing.assert_array_equal(chosen, counts[rows])
+
+        seen["supervised"] += plain.target_tokens > 0
+        seen["prompt"] += bool((plain.labels == IGNORED).sum() > len(rows))
+        published = target_counts_ref(store.ids, store.offsets, EOT, max_length)
+        seen["differs"] += bool((counts != published).any())
+        seen["padded"] += bool(room)
+        seen["exactly full"] += room == 0
+        seen["constant boundaries"] += bool(surplus)
+        seen["weighted"] += bool(weighted and plain.target_tokens)
+        seen["cut"] += bool(0 < max_length < np.diff(store.offsets)[rows].max(initial=0))
+
+    check()
+    for case in ("supervised", "padded", "exactly full", "constant boundaries", "weighted", "cut"):
+        assert seen[case] > 2, (case, seen)
+    assert (seen["prompt"] > 2) == (labels != "all"), seen
+    assert (seen["differs"] > 2) == (labels != "first-eot"), seen
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([EOT, 5, 6]), max_size=20))
+def test_per_turn_is_every_second_turn(row):
+    """Against turns spelled out: cut behind each eot, every second one is the assistant's."""
+    turns, speaker = [], []
+    for token in row:
+        speaker.append(len(turns) % 2 == 1)
+        if token == EOT:
+            turns.append(token)
+    wanted = [token if spoken or not turns else IGNORED for token, spoken in zip(row, speaker, strict=True)]
+    wanted[:1] = [IGNORED][: len(row)]
+    store = buffer([row])
+    assert collate(store.ids, store.offsets, [0], EOT, labels="per-turn").labels.tolist() == wanted
+
+
+def test_policies_by_hand():
+    # bos question eot answer eot question eot answer eos; then a single turn, closed by eot and eos; then no eot.
+    rows = [[0, 10, EOT, 11, EOT, 12, 13, EOT, 14, 2], [0, 20, EOT, 21, EOT, 2], [0, 30, 2]]
+    store = buffer(rows)
+    found = {
+        labels: collate(store.ids, store.offsets, [0, 1, 2], EOT, labels=labels).labels.tolist()
+        for labels in LABEL_POLICIES
+    }
+    x = IGNORED
+    assert found["first-eot"] == [x, x, x, 11, EOT, 12, 13, EOT, 14, 2, x, x, x, 21, EOT, 2, x, 30, 2]
+    assert found["per-turn"] == [x, x, x, 11, EOT, x, x, x, 14, 2, x, x, x, 21, EOT, x, x, 30, 2]
+    assert found["all"] == [x, *rows[0][1:], x, *rows[1][1:], x, *rows[2][1:]]
+    for labels, expected in found.items():
+        counts = target_counts(store.ids, store.offsets, EOT, labels=labels)
+        assert counts.sum() == sum(label != x for label in expected)
+
+
+def test_weights_by_hand():
+    store = buffer([[0, EOT, 5, 6], [0, EOT], [0, 7]])
+    batch = collate(store.ids, store.offsets, [2, 0, 1], EOT, weights=[0.5, -2, 3], shape=PackShape(10))
+    assert batch.loss_weights.tolist() == [0, 0.5, 0, 0, -2, -2, 0, 0, 0, 0]
+    assert (batch.target_weight, batch.target_tokens) == (-3.5, 3)
+    assert batch.to_torch()["loss_weights"].shape == (1, 10)
+    assert collate(store.ids, store.offsets, [2, 0, 1], EOT).target_weight == 3
+
+
+def test_padding_by_hand():
+    store = buffer([[0, EOT, 5], [0, 7]])
+    batch = collate(store.ids, store.offsets, [1, 0], EOT, shape=PackShape(length=9, sequences=5, max_seqlen=9, pad=3))
+    assert batch.input_ids.tolist() == [0, 7, 0, EOT, 5, 3, 3, 3, 3]
+    assert batch.labels.tolist() == [-100, 7, -100, -100, 5, -100, -100, -100, -100]
+    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 0, 0, 0]
+    # The padding is a sequence of its own, the surplus ones are empty.
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 9, 9, 9]
+    assert (batch.max_seqlen, batch.num_ids, batch.target_tokens) == (9, 5, 2)
+    assert collate(store.ids, store.offsets, [1, 0], EOT, shape=PackShape(5)).cu_seqlens.tolist() == [0, 2, 5]
+
+
+def test_padding_does_not_reach_the_rows():
+    import torch
+
+    from medmax_fast.model.attention import varlen_attention
+
+    rng = np.random.default_rng(0)
+    store = buffer([rng.integers(0, 8700, n) for n in (5, 1, 12)])
+    table = torch.from_numpy(rng.normal(size=(65536, 2, 8)).astype(np.float32))
+    outputs = []
+    for shape in (PackShape(), PackShape(length=30, sequences=8, max_seqlen=30)):
+        batch = collate(store.ids, store.offsets, [2, 0, 1], EOT, shape=shape)
+        x = table[torch.from_numpy(batch.input_ids)]
+        outputs.append(varlen_attention(x, x, x, torch.from_numpy(batch.cu_seqlens), batch.max_seqlen, impl="sdpa"))
+    assert outputs[1].shape == (30, 2, 8) and torch.isfinite(outputs[1]).all()
+    assert torch.equal(outputs[0], outputs[1][:18])
+
+
+def test_buffers_are_reused_in_place():
+    store = buffer([[0, EOT, 5, 6], [0, 7]])
+    buffers = PackBuffers.allocate(6, 2)
+    first = collate(store.ids, store.offsets, [0, 1], EOT, buffers=buffers)
+    assert first.input_ids.tolist() == [0, EOT, 5, 6, 0, 7]
+    assert all(getattr(first, name).base is not None for name in ARRAYS[:4])
+    second = collate(store.ids, store.offsets, [1], EOT, buffers=buffers)
+    assert second.input_ids.tolist() == [0, 7] and first.input_ids.tolist() == [0, 7, 5, 6, 0, 7]
+    with pytest.raises(InputError, match="a pack of 8 ids, buffers for 6"):
+        collate(store.ids, store.offsets, [0, 0], EOT, buffers=buffers)
+    with pytest.raises(ValueError, match="a pack of 3 rows, expected at most 2"):
+        collate(store.ids, store.offsets, [1, 1, 1], EOT, buffers=buffers)
+    with pytest.raises(InputError, match="buffers for 2 sequences, expected at least 3"):
+        collate(store.ids, store.offsets, [1], EOT, buffers=buffers, shape=PackShape(sequences=3))
+
+
+def test_pinned_buffers():
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="pinned buffers need a CUDA device"):
+            PackBuffers.allocate(4, 1, pinned=True)
+        return
+    store = buffer([[0, EOT, 5, 6]])
+    batch = collate(store.ids, store.offsets, [0], EOT, buffers=PackBuffers.allocate(4, 1, pinned=True))
+    assert torch.from_numpy(batch.labels).is_pinned()
+    assert batch.to_torch("cuda", non_blocking=True)["labels"].tolist() == [[-100, -100, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": "last"}, "labels 'last': expected first-eot, per-turn or all"),
+        ({"weights": [1.0]}, r"weights of shape \[1\] for 2 rows"),
+        ({"weights": [1.0, np.nan]}, "weight nan of a row"),
+        ({"shape": PackShape(length=4)}, "a pack of 5 ids or more, expected at most 4"),
+        ({"shape": PackShape(sequences=1)}, "a pack of 2 rows, expected at most 1"),
+        ({"shape": PackShape(length=9, sequences=2)}, "2 rows and padding, expected at most 2 sequences"),
+        ({"shape": PackShape(length=9, max_seqlen=3)}, "a sequence of 4 ids, max_seqlen is fixed at 3"),
+        ({"weights": [1, 2], "buffers": PackBuffers.allocate(9, 2)}, "weights=True go together"),
+        ({"buffers": PackBuffers.allocate(9, 2, weights=True)}, "weights=True go together"),
+    ],
+)
+def test_what_does_not_fit_is_said(options, message):
+    store = buffer([[0, EOT, 5], [0, 7]])
+    with pytest.raises(ValueError, match=message):
+        collate(store.ids, store.offsets, [0, 1], EOT, **options)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -75,6 +75,45 @@ def test_order_of_packs_does_not_follow_length():
     assert abs(np.corrcoef(np.arange(len(plan)), means)[0, 1]) < 4 / np.sqrt(len(plan))
 
 
+def test_order_of_packs_does_not_follow_length_over_many_epochs():
+    """Place against length, epoch by epoch: no trend on average, and no more spread than chance gives.
+
+    A correlation of chance times sqrt(packs - 1) has mean 0 and variance 1, so the sum over E epochs is within
+    5 sqrt(E), and the sum of squares within 5 sqrt(2 E) of E.
+    """
+    lengths = np.random.default_rng(4).lognormal(5, 1, 3000).astype(np.int64).clip(1, 1999)
+    scores = []
+    for epoch in range(300):
+        plan = plan_epoch(lengths, 2000, 9, epoch)
+        used = lengths[plan.rows]
+        ids = np.add.reduceat(used, plan.offsets[:-1])
+        place, rows = np.arange(len(plan)), np.diff(plan.offsets)
+        longest = np.maximum.reduceat(used, plan.offsets[:-1])
+        # Of a pack: mean length, how full it is, its longest row.
+        scores.append([np.corrcoef(place, x)[0, 1] * np.sqrt(len(plan) - 1) for x in (ids / rows, ids, longest)])
+    scores = np.array(scores)
+    assert len(plan) > 200 and (np.abs(scores.sum(axis=0)) < 5 * np.sqrt(300)).all()
+    assert (np.abs((scores**2).sum(axis=0) - 300) < 5 * np.sqrt(600)).all()
+
+
+def test_the_statistic_would_see_a_leak():
+    # Guard: packs in the order they were opened, as best-fit decreasing leaves them, would be far outside.
+    lengths = np.random.default_rng(4).lognormal(5, 1, 3000).astype(np.int64).clip(1, 1999)
+    plan = plan_epoch(lengths, 2000, 9, 0)
+    longest = sorted(-lengths[plan.pack(p)].max() for p in range(len(plan)))
+    assert abs(np.corrcoef(np.arange(len(plan)), longest)[0, 1]) * np.sqrt(len(plan) - 1) > 10
+
+
+def test_every_row_comes_early_and_late():
+    # Mean place of every row over 400 epochs, in deviations: the largest of 500 stays below 5 with odds of 3,000 to 1.
+    lengths = np.random.default_rng(5).integers(1, 400, 500)
+    places = np.zeros((400, 500))
+    for epoch in range(400):
+        plan = plan_epoch(lengths, 800, 0, epoch)
+        places[epoch, plan.rows] = np.repeat((np.arange(len(plan)) + 0.5) / len(plan), np.diff(plan.offsets))
+    assert np.abs(places.mean(axis=0) - 0.5).max() * np.sqrt(12 * 400) < 5
+
+
 def test_every_place_is_equally_likely():
     # 24 orders of 4 full packs over 4,800 epochs: chi-square with 23 degrees of freedom, 1e-6 quantile.
     lengths = np.full(4, 10)

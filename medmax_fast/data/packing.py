@@ -3,8 +3,11 @@
 Best-fit decreasing in C++ (csrc/planner): rows are shuffled, sorted by length (the shuffle decides between equal
 lengths), each put into the pack with the least room that still holds it, and the packs are shuffled. The plan depends
 on (seed, epoch) alone, so any number of ranks, and a resumed run, cut the same list. Cost: O(n log capacity) time and
-about 40 bytes a row. What it leaks: inside a pack rows are ordered from the longest to the shortest, and rows that fill
-each other up meet more often than others; the order of the packs is uniform.
+about 20 bytes a row.
+
+What lengths leak into the order of training: nothing into the order of the packs, every one of which is equally likely,
+and so every row's place is uniform. Inside a pack, where order has no effect, rows go from the longest to the shortest;
+and rows that fill each other up meet in a pack more often than others, as in any packing that wastes little.
 
 `plan_epoch_ref` is the specification: the same plan from the simplest data structures, for the tests.
 """
