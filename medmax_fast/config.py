@@ -95,6 +95,7 @@ class BuildConfig:
     output: str = required("store folder, or the JSONL file with --format jsonl")
     codes: str = option("", "folder made by `medmax tokenize`, joined by image path")
     format: str = option("store", "memory-mapped store, or JSONL with tokens", ("store", "jsonl"))
+    workers: int = option(0, "threads that turn rows into ids (0: one per core); the output does not depend on it")
     max_rejected: int | None = option(
         None,
         "rows that may be rejected before exit status 3; when given, malformed rows are rejected as well instead "
@@ -104,10 +105,10 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Describe a token store: counts, lengths, how well it packs."""
+    """Describe a token store: counts, lengths, how well it packs, which rows look wrong."""
 
     store: str = required("store folder", positional=True)
-    output: str = option("", "folder for histogram.png (default: the store itself)")
+    output: str = option("", "folder for histogram.png and suspicious.jsonl (default: the store itself)")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,17 @@ class TrainConfig:
     epochs: int = option(3, "passes over the store")
     max_steps: int = option(0, "stop after this many optimizer steps (0: all epochs)")
     pack_length: int = option(4096, "ids per pack; a pack holds whole rows only")
-    max_length: int = option(4096, "rows with more ids are left out and reported")
+    max_length: int = option(4096, "most ids of a row")
+    too_long: str = option(
+        "skip",
+        "longer rows: leave out, or cut at the end, never inside an image nor down to the prompt (both are reported)",
+        ("skip", "cut"),
+    )
+    labels: str = option(
+        "first-eot",
+        "what the loss counts: all after the first eot as published, the assistant's turns, or every id",
+        ("first-eot", "per-turn", "all"),
+    )
     packs_per_step: int = option(8, "packs per optimizer step over all ranks (the global batch)")
     lr: float = option(1e-4, "peak learning rate")
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate")

@@ -38,24 +38,47 @@ def loss_curve(metrics: Sequence[Mapping], path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def length_histogram(counts: Sequence[int], edges: Sequence[float], path: str | Path, note: str = "") -> Path:
-    """Number of rows by length: counts [B] between edges [B+1] in ids."""
-    counts, edges = np.asarray(counts), np.asarray(edges, dtype=float)
-    assert len(edges) == len(counts) + 1
-    figure, ((axes,),) = _figure(7.2, 3.2)
-    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=DARK, edgecolor="white", linewidth=0.5)
-    axes.set(xlabel="row length (ids)", ylabel="rows", title=note)
+def store_overview(
+    counts: Sequence[int],
+    edges: Sequence[float],
+    fill: Mapping[int, float],
+    padded: Mapping[int, float],
+    path: str | Path,
+    note: str = "",
+    cut: int = 0,
+) -> Path:
+    """Number of rows by length, and below it the share of packs and of padded batches that holds rows.
+
+    counts: [B] rows between edges [B + 1] in ids. fill: by pack length in ids; padded: by batch size; fractions 0..1.
+    cut: where the published trainer cuts rows, marked if some are longer.
+    """
+    figure, ((above,), (below,)) = _figure(7.2, 6.6, 2)
+    _draw_lengths(above, counts, edges, note, cut)
+    _draw_fill(below, fill, padded)
     return _save(figure, path)
 
 
-def packing_fill(fill: Mapping[int, float], path: str | Path, padded: Mapping[int, float] | None = None) -> Path:
-    """Share of each pack that holds rows, by pack length in ids; shares as fractions 0..1.
+def _draw_lengths(axes, counts: Sequence[int], edges: Sequence[float], note: str, cut: int) -> None:
+    counts, edges = np.asarray(counts), np.asarray(edges, dtype=float)
+    assert len(edges) == len(counts) + 1
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=DARK, edgecolor="white", linewidth=0.5)
+    axes.set(xlabel="row length (ids)", ylabel="rows", xlim=(0, edges[-1]))
+    axes.set_title(note, fontsize=10)
+    filled = counts[counts > 0]
+    if len(filled) and filled.max() > 100 * filled.min():
+        # A linear scale would show the few long rows as nothing.
+        axes.set(yscale="log", ylabel="rows (log scale)")
+        axes.set_ylim(bottom=0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+    if 0 < cut < edges[-1]:
+        axes.axvline(cut, color=MIDDLE, linestyle="--", label=f"published cut, {cut:,} ids")
+        _legend(axes)
 
-    padded: the share of a padded batch that holds rows, by batch size, for comparison.
-    """
-    figure, ((axes,),) = _figure(7.2, 3.2)
-    names = [f"packs of {length:,}" for length in fill] + [f"padded, batch {size}" for size in padded or {}]
-    values = [100 * value for value in [*fill.values(), *(padded or {}).values()]]
+
+def _draw_fill(axes, fill: Mapping[int, float], padded: Mapping[int, float]) -> None:
+    names = [f"packs of {length:,}" for length in fill] + [f"padded as published, batch {size}" for size in padded]
+    values = [100 * value for value in [*fill.values(), *padded.values()]]
     for i, value in enumerate(values):
         color, _, _, hatch = SERIES[0] if i < len(fill) else SERIES[2]
         axes.barh(i, value, color=color, hatch=hatch, edgecolor="white")
@@ -66,7 +89,6 @@ def packing_fill(fill: Mapping[int, float], path: str | Path, padded: Mapping[in
     axes.grid(axis="x", color=GRID)
     axes.set(xlabel="share of positions that hold a row (%)", xlim=(0, 112))
     axes.set_xticks(range(0, 101, 20))
-    return _save(figure, path)
 
 
 def evaluation_bars(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, published=None) -> Path:

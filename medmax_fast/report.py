@@ -5,6 +5,7 @@ Runs of one kind share a section, so that two evaluations of the same questions 
 recognised by its files; whatever cannot be read is an InputError before anything is written.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ KINDS = {
 }
 # Prompts shown per report; all of them stay in outputs.jsonl.
 SHOWN_PROMPTS = 40
+# Suspicious rows that `medmax inspect` prints; all of them are in suspicious.jsonl.
+SHOWN_ROWS = 20
+# Figures of a store's summary that the report shows, a table each.
+COUNTED = ("rows", "ids", "supervised", "images", "longest", "mean_length")
+CHECKED = ("suspicious_rows", "rows_without_eot", "rows_unbalanced", "rows_with_odd_images", "rows_cut_as_published")
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,31 @@ def report(config: ReportConfig) -> dict:
 
 
 def inspect_store(config: InspectConfig) -> dict:
-    """Counts, lengths and packing of a token store; draws histogram.png into `output` or the store itself."""
-    from medmax_fast.data.store import TokenStore
-    from medmax_fast.data.summary import store_summary
+    """Counts, lengths and packing of a token store, and which of its rows look wrong.
 
-    summary = store_summary(TokenStore(config.store))
-    path = Path(config.output or config.store) / "histogram.png"
-    _histogram(summary, path)
-    return {"store": config.store, **summary, "histogram": str(path)}
+    Draws histogram.png and lists every suspicious row in suspicious.jsonl, in `output` or the store itself; the
+    result names the first of them.
+    """
+    from medmax_fast.data.store import TokenStore
+    from medmax_fast.data.summary import check_rows, store_summary, suspicious_rows
+
+    store, folder = TokenStore(config.store), Path(config.output or config.store)
+    checks = check_rows(store)
+    summary = store_summary(store, checks=checks)
+    _draw_store(summary, folder / "histogram.png")
+    shown = []
+    with atomic_path(folder / "suspicious.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in suspicious_rows(store, checks):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if len(shown) < SHOWN_ROWS:
+                shown.append({**row, "reasons": "; ".join(row["reasons"])})
+    return {
+        "store": config.store,
+        **summary,
+        "histogram": str(folder / "histogram.png"),
+        "suspicious": str(folder / "suspicious.jsonl"),
+        "first_suspicious": shown,
+    }
 
 
 def load_runs(paths: tuple[str, ...]) -> list[Run]:
@@ -167,27 +190,28 @@ def _training(run: Run, pictures: Pictures) -> str:
 def _store(run: Run, pictures: Pictures) -> str:
     summary = run.data
     parts = [f"### {plain(run.name)}"]
-    counted = ("rows", "ids", "supervised", "images", "longest", "mean_length", "rows_without_eot", "rows_unbalanced")
-    parts.append(table([{name: f"{summary[name]:,.6g}" for name in counted}]))
-    for name in ("tasks", "sources"):
+    for names in (COUNTED, CHECKED):
+        parts.append(table([{name: f"{summary[name]:,.6g}" for name in names}]))
+    for name in ("tasks", "sources", "padding"):
         if summary[name]:
-            parts.append(
-                table(
-                    [
-                        {key: plain(value) if isinstance(value, str) else f"{value:,}" for key, value in row.items()}
-                        for row in summary[name]
-                    ]
-                )
-            )
-    parts.append(pictures.draw(f"Row lengths of {run.name}", lambda path: _histogram(summary, path)))
-    fill = {row["capacity"]: row["fill"] for row in summary["packing"]}
-    parts.append(pictures.draw(f"Packing of {run.name}", lambda path: figures.packing_fill(fill, path)))
+            parts.append(table([{key: _cell(value) for key, value in row.items()} for row in summary[name]]))
+    parts.append(pictures.draw(f"Row lengths and packing of {run.name}", _draw_store, summary))
     return "\n\n".join(parts)
 
 
-def _histogram(summary: dict, path: Path) -> Path:
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return plain(value)
+    return f"{value:.1%}" if isinstance(value, float) else f"{value:,}"
+
+
+def _draw_store(summary: dict, path: Path) -> Path:
+    """The histogram of `medmax inspect`; batches are padded as published, after the cut."""
     note = f"{summary['rows']:,} rows, mean {summary['mean_length']:,.0f}, longest {summary['longest']:,} ids"
-    return figures.length_histogram(summary["lengths"]["rows"], summary["lengths"]["edges"], path, note)
+    fill = {row["capacity"]: row["fill"] for row in summary["packing"]}
+    padded = {row["batch"]: 1 - row["padding_cut"] for row in summary["padding"]}
+    lengths = summary["lengths"]
+    return figures.store_overview(lengths["rows"], lengths["edges"], fill, padded, path, note, summary["published_cut"])
 
 
 def _generation(runs: list[Run], pictures: Pictures) -> str:

@@ -5,6 +5,7 @@ and the run folder is opened before the model is loaded.
 """
 
 import contextlib
+import json
 import math
 import signal
 import sys
@@ -16,14 +17,17 @@ import torch
 
 from medmax_fast.config import TrainConfig, settings_of
 from medmax_fast.data.loader import PackedLoader
+from medmax_fast.data.long_rows import long_rows
 from medmax_fast.data.store import MANIFEST_FILE, TokenStore
 from medmax_fast.model.adapter import add_adapter, check_lora
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.layout import MAX_POSITIONS
 from medmax_fast.model.load import load_model
+from medmax_fast.model.probe import probe_isolation
 from medmax_fast.model.trainable import PackedModel, recompute_activations, share_norms
 from medmax_fast.runtime import (
     InputError,
+    atomic_path,
     hash_file,
     log,
     open_output,
@@ -37,6 +41,8 @@ from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.run import Run, planned_total
 from medmax_fast.vocab import TextTokenizer
 
+# Packs that a thread fills while the ones before are trained on.
+PACKS_AHEAD = 2
 # Flag: (least, most) that a run can use.
 LIMITS = {
     "zero": (0, 3),
@@ -80,9 +86,10 @@ def _train(config: TrainConfig) -> dict:
     if folder.result.exists():
         log(f"{folder.path}: this run is finished; choose another --output to train again")
         return {**read_json(folder.result), "already_finished": True}
-    if rank == 0 and len(loader.left_out):
-        log(f"{len(loader.left_out)} of {len(store)} rows are longer than {loader.limit} ids and left out")
+    if rank == 0:
+        _list_long_rows(loader, folder)
     engine = _build(config, checkpoint, store, device, dtype, world)
+    probe_isolation(engine, device)
     run = Run(config, engine, loader, folder, device, last)
     run.resume()
     run.steps()
@@ -124,21 +131,44 @@ def _open_loader(config: TrainConfig, store: TokenStore, checkpoint: Checkpoint,
             f"{checkpoint.shape.vocab_size} embeddings"
         )
     fitting = store.lengths[store.lengths <= config.max_length]
-    if len(fitting) and fitting.max() > config.pack_length:
+    if config.too_long == "skip" and len(fitting) and fitting.max() > config.pack_length:
         row = int(np.flatnonzero(store.lengths == fitting.max())[0])
         raise InputError(
             f"--pack-length {config.pack_length}: row {row} has {fitting.max()} ids; expected at least that, "
             "or a --max-length that leaves such rows out"
         )
     return PackedLoader(
-        store, config.pack_length, config.packs_per_step, config.seed, rank, world, max_length=config.max_length
+        store,
+        config.pack_length,
+        config.packs_per_step,
+        config.seed,
+        rank,
+        world,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        labels=config.labels,
+        ahead=PACKS_AHEAD,
+    )
+
+
+def _list_long_rows(loader: PackedLoader, folder: RunFolder) -> None:
+    """Write down which rows are left out or cut, and say how many."""
+    rows = list(long_rows(loader.store, loader.lengths))
+    if not rows:
+        return
+    with atomic_path(folder.long_rows) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    cut = f", {len(loader.cut)} cut" if len(loader.cut) else ""
+    log(
+        f"{len(rows)} of {len(loader.lengths)} rows are longer than {loader.limit} ids: "
+        f"{len(loader.left_out)} left out{cut}, listed in {folder.long_rows} (the first: {rows[0]['key']})"
     )
 
 
 def _settings(config: TrainConfig, dtype: torch.dtype, base: str) -> dict:
     """What the result depends on: flags, the bytes of the store, the weights of the base."""
-    names = ["full", "epochs", "max_steps", "pack_length", "max_length", "packs_per_step", "lr", "warmup_ratio"]
-    names += ["weight_decay", "clip", "seed", "zero"]
+    names = ["full", "epochs", "max_steps", "pack_length", "max_length", "too_long", "labels", "packs_per_step"]
+    names += ["lr", "warmup_ratio", "weight_decay", "clip", "seed", "zero"]
     if not config.full:
         names += ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]
     return {

@@ -70,6 +70,16 @@ def test_gradients_equal_those_of_single_sequences():
         torch.testing.assert_close(whole, x.grad, rtol=0, atol=1e-6)
 
 
+def test_sequences_without_ids_change_nothing():
+    # Boundaries of a pack may be filled up to a constant number by repeating the last one.
+    q, k, v, bounds = make_inputs([5, 1, 17, 3])
+    filled = torch.cat([bounds, bounds[-1:], bounds[-1:]])
+    with torch.no_grad():
+        expected = attention.varlen_attention(q, k, v, bounds, 17)
+        assert torch.equal(attention.varlen_attention(q, k, v, filled, 17), expected)
+    assert torch.equal(attention.varlen_attention(q.requires_grad_(), k, v, filled, 17), expected)
+
+
 def test_interface_refuses_what_it_cannot_keep_apart():
     q = torch.randn(2, 4, 6, 8)
     bounds = torch.tensor([0, 6], dtype=torch.int32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -266,6 +266,138 @@ def test_inspect(store, tmp_path):
         inspect_store(InspectConfig(store=str(tmp_path)))
 
 
+# Ids of a row for the checks below: every marker, codes and text.
+def row_of(layout, *parts):
+    return np.concatenate([np.atleast_1d(part) for part in (layout.bos, *parts, layout.eos)])
+
+
+@pytest.fixture(scope="module")
+def layout(golden):
+    from medmax_fast.vocab import IdLayout
+
+    return IdLayout.from_file(golden / "checkpoint" / "tokenizer" / "text_tokenizer.json")
+
+
+def test_suspicious_rows_are_named_with_their_reasons(layout, tmp_path):
+    from medmax_fast.data.store import write_store
+
+    codes, eot, boi, eoi = layout.image_start + np.arange(1024), layout.eot, layout.boi, layout.eoi
+    cases = [
+        ("good", (eot, boi, codes, eoi), None),
+        ("text", (layout.text_start, eot), None),
+        ("two", (boi, codes, eoi, eot, boi, codes, eoi), None),
+        ("silent", (boi, codes, eoi), ["no eot"]),
+        ("short", (eot, boi, codes[:-1], eoi), ["image 1 of 1023 codes"]),
+        ("long", (eot, boi, codes, codes[:1], eoi), ["image 1 of 1025 codes"]),
+        ("empty", (eot, boi, eoi), ["image 1 of 0 codes"]),
+        ("open", (eot, boi, codes), ["1 boi, 0 eoi", "no eoi after image 1"]),
+        ("stray", (eot, codes), ["1024 codes without boi"]),
+        ("closed", (eot, codes, eoi), ["0 boi, 1 eoi", "1024 codes without boi"]),
+        ("lone", (eot, eoi), ["0 boi, 1 eoi"]),
+        ("many", (*(boi, eoi) * 6,), ["no eot", *[f"image {i} of 0 codes" for i in (1, 2, 3, 4)], "2 more"]),
+        ("nested", (eot, boi, boi, codes, eoi), ["2 boi, 1 eoi", "image 1 of 0 codes"]),
+        ("halves", (eot, boi, codes[:512], layout.text_start, codes[512:], eoi), ["512 codes without boi", "image 1"]),
+    ]
+    rows = [(row_of(layout, *parts), key, "t", "s") for key, parts, _ in cases]
+    # A row that ends inside an image before one that goes on with codes: each is wrong by itself.
+    rows += [
+        (np.array([0, eot, boi, *codes[:500]]), "cut", "t", "s"),
+        (np.array([*codes[500:], eoi, eot]), "on", "", ""),
+    ]
+    store = write_store(tmp_path / "store", layout, rows)
+    result = inspect_store(InspectConfig(store=str(store.path), output=str(tmp_path / "seen")))
+    found = [json.loads(line) for line in (tmp_path / "seen" / "suspicious.jsonl").read_text().splitlines()]
+    expected = {key: reasons for key, _, reasons in cases if reasons}
+    assert [row["key"] for row in found] == [*expected, "cut", "on"] and found[-1]["task"] == ""
+    for row in found[:-2]:
+        reasons = expected[row["key"]]
+        assert [r[: len(e)] for r, e in zip(row["reasons"], reasons, strict=True)] == reasons
+        assert rows[row["row"]][1] == row["key"] and row["ids"] == len(rows[row["row"]][0])
+    assert found[-2]["reasons"] == ["1 boi, 0 eoi", "image 1 of 500 codes"]
+    assert found[-1]["reasons"] == ["0 boi, 1 eoi", "524 codes without boi"]
+    counted = {name: result[name] for name in result if "suspicious_" in name or name.startswith("rows_")}
+    assert counted.pop("rows_cut_as_published") == 1
+    assert list(counted.values()) == [13, 2, 6, 11]
+    assert result["first_suspicious"][3]["reasons"] == "image 1 of 0 codes"
+
+
+def test_only_the_first_suspicious_rows_are_printed(layout, tmp_path, capsys):
+    from medmax_fast import cli
+    from medmax_fast.data.store import write_store
+
+    rows = [(np.array([0, 2]), f"k{i}", "", "") for i in range(30)]
+    store = write_store(tmp_path / "store", layout, rows)
+    assert cli.main(["inspect", str(store.path)]) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert sum(line.rstrip().endswith("no eot") for line in shown) == 20
+    assert len((store.path / "suspicious.jsonl").read_text().splitlines()) == 30
+    assert json.loads(last)["suspicious_rows"] == 30 and json.loads(last)["tasks"][0]["supervised"] == 30
+    # The files beside it do not make the store another one.
+    assert cli.main(["inspect", str(store.path)]) == 0
+
+
+def faults_by_hand(ids, layout, codes_per_image):
+    """Bits of summary.NO_EOT, UNBALANCED, ODD_IMAGE of one row, from a text of it."""
+    letters = {layout.boi: "<", layout.eoi: ">", layout.eot: "|"}
+    text = "".join(letters.get(i, "c" if layout.image_start <= i < layout.image_end else ".") for i in ids.tolist())
+    rest = re.sub(f"<c{{{codes_per_image}}}>", "", text)
+    return ("|" not in text) + 2 * (text.count("<") != text.count(">")) + 4 * bool(re.search("[<c]", rest))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_checks_equal_a_reading_of_each_row(layout, data):
+    from medmax_fast.data import summary
+
+    alphabet = [layout.boi, layout.eoi, layout.eot, layout.image_start, layout.image_end - 1, layout.text_start]
+    image = [layout.boi, *[layout.image_start] * 3, layout.eoi]
+    piece = st.one_of(st.just(image), st.lists(st.sampled_from(alphabet), min_size=1, max_size=4))
+    rows = data.draw(st.lists(st.lists(piece, min_size=1, max_size=5), min_size=1, max_size=8))
+    rows = [np.array([i for piece in row for i in piece], np.uint16) for row in rows]
+    offsets = np.cumsum([0, *map(len, rows)])
+    store = FakeStore(np.concatenate(rows), offsets, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "IMAGE_CODES", 3)
+        patch.setattr(summary, "_BLOCK", data.draw(st.sampled_from([1, 7, 1000])))
+        checks = summary.check_rows(store)
+    assert checks.faults.tolist() == [faults_by_hand(row, layout, 3) for row in rows]
+    assert checks.images == sum(int((row == layout.boi).sum()) for row in rows)
+
+
+class FakeStore:
+    def __init__(self, ids, offsets, layout):
+        self.ids, self.offsets, self.layout = ids, offsets, layout
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+
+def test_padding_is_what_shuffled_batches_waste():
+    from medmax_fast.data.summary import padding
+
+    # Two rows, one batch: half of the room of the shorter one.
+    assert padding(np.array([10, 20]), 2) == padding(np.array([10, 20]), 16) == pytest.approx(0.25)
+    assert padding(np.array([7, 7, 7]), 4) == padding(np.array([3, 9]), 1) == padding(np.zeros(0, int), 4) == 0
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 2000, 64) ** 2 // 1000 + 1
+    for batch in (2, 4, 16):
+        orders = rng.permuted(np.tile(lengths, (4000, 1)), axis=1).reshape(4000, -1, batch)
+        padded = orders.max(2).sum() * batch
+        assert padding(lengths, batch) == pytest.approx(1 - orders.sum() / padded, abs=2e-3)
+        assert padding(lengths, batch) > 0.2
+
+
+def test_padding_of_a_store_with_and_without_the_published_cut(layout, tmp_path):
+    from medmax_fast.data.store import write_store
+
+    rows = [(np.full(n, layout.eot), str(n), "", "") for n in (1024, 3072)]
+    result = inspect_store(InspectConfig(store=str(write_store(tmp_path / "store", layout, rows).path)))
+    by_batch = {row["batch"]: (row["padding_cut"], row["padding_whole"]) for row in result["padding"]}
+    assert list(by_batch) == [1, 4, 8, 16] and by_batch[1] == (0, 0)
+    assert by_batch[4] == pytest.approx((1 - 1536 / 2048, 1 - 2048 / 3072))
+    assert (result["rows_cut_as_published"], result["ids_cut_as_published"]) == (1, 1024)
+
+
 @given(st.text(max_size=40))
 def test_plain_text_survives_markdown(text):
     row = [{"a": plain(text), "b": "x"}]
@@ -305,8 +437,9 @@ def test_every_figure_draws(tmp_path):
     picture = np.zeros((8, 8, 3), np.uint8)
     drawn = [
         figures.loss_curve(metrics, tmp_path / "loss.png"),
-        figures.length_histogram([3, 0, 1], [0, 10, 20, 30], tmp_path / "lengths.png"),
-        figures.packing_fill({2048: 0.9}, tmp_path / "fill.png", {8: 0.6}),
+        figures.store_overview([3, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {8: 0.6}, tmp_path / "store.png", cut=25),
+        figures.store_overview([999, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {}, tmp_path / "skewed.png", "note"),
+        figures.store_overview([0], [0, 1], {2048: 0.0}, {8: 1.0}, tmp_path / "empty.png"),
         figures.evaluation_bars(bars, tmp_path / "bars.png", published),
         figures.evaluation_bars(bars, tmp_path / "ours.png"),
         figures.picture_grid([[picture, None]], ["before", "after"], tmp_path / "grid.png", ["one"]),

@@ -389,6 +389,38 @@ def test_a_missing_library_names_the_extra(config, monkeypatch, module):
     assert not Path(config.output).exists()
 
 
+def test_long_rows_are_cut_or_left_out_and_listed(config, store, capfd):
+    # An image follows the eot and ends at three quarters of the row: beyond the limit, nothing of the response is left.
+    summary = train(replace(config, pack_length=40, too_long="cut", max_steps=1, save_every=0))
+    long = np.flatnonzero(store.lengths > 40)
+    kept = np.where(store.lengths * 3 // 4 <= 40, 40, 0)[long]
+    expected = [
+        {"row": int(row), "key": f"row {row}", "ids": int(store.lengths[row]), "kept": int(n)}
+        for row, n in zip(long, kept, strict=True)
+    ]
+    lines = (Path(config.output) / "long_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    assert summary["rows_cut"] == (kept > 0).sum() > 1 and summary["rows_left_out"] == (kept == 0).sum() > 1
+    assert f"{len(long)} of 14 rows are longer than 40 ids: {(kept == 0).sum()} left out, " in capfd.readouterr().err
+
+
+def test_data_state_must_belong_to_the_checkpoint(config, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 3)
+        train(config)
+    path = Path(config.output) / "checkpoints" / "step-000002" / "state.json"
+    state = read_json(path)
+    assert state["data"]["epoch"] == 0 and state["data"]["step"] == 2 and state["data"]["rows"] > 4
+    for data, message in (
+        ({}, "expected what PackedLoader.state returned"),
+        (state["data"] | {"seed": 5}, "made with seed = 5, now 0"),
+        (state["data"] | {"step": 0, "rows": 0}, "made after 2 steps, but its data is at step 0"),
+    ):
+        write_json(path, state | {"data": data})
+        with pytest.raises(InputError, match=message):
+            train(config)
+
+
 def test_two_ranks_equal_one(config, tmp_path):
     """1 x 4 and 2 x 2 packs: gradients, ZeRO-3, dropout, resume, the command's own output and exit."""
     config = replace(config, packs_per_step=4, epochs=3)
@@ -438,3 +470,16 @@ def test_example_loop(config):
     spec.loader.exec_module(example)
     losses = example.train(config.data, config.ckpt, steps=4, packs_per_step=1)
     assert len(losses) == 4 and losses[-1] < losses[0] - 1
+
+
+def test_label_policies_decide_what_counts(config, tmp_path):
+    config = replace(config, max_steps=1, packs_per_step=8)
+    counted = {}
+    for labels in ("first-eot", "per-turn", "all"):
+        train(replace(config, labels=labels, output=str(tmp_path / labels)))
+        (record,) = records(tmp_path / labels)
+        counted[labels] = record["target_tokens"]
+    # The synthetic rows have one eot each, so the only turn that is answered reaches to their end.
+    assert counted["first-eot"] == counted["per-turn"] < counted["all"]
+    with pytest.raises(InputError, match="made with labels = 'all'"):
+        train(replace(config, output=str(tmp_path / "all")))

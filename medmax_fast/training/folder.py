@@ -1,6 +1,7 @@
 """The files of a run folder R.
 
     settings.json                what the result depends on (runtime.open_output)
+    long_rows.jsonl              rows left out or cut for their length: row, key, ids, kept (0: left out); if any
     metrics.jsonl                one line per logged step
     checkpoints/step-000010/     resumable state after 10 steps: state.json, and DeepSpeed's files in engine/
     adapter/ or model/           the result
@@ -28,6 +29,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.long_rows = self.path / "long_rows.jsonl"
         self.curve = self.path / "loss.png"
         self.result = self.path / "result.json"
 

@@ -56,6 +56,10 @@ class Run:
                 )
             ds.load_engine(self.engine, path, not self.config.full)
             self.done = self.resumed_from = state["step"]
+            epoch, step = self.loader.restore(state.get("data", {}))
+            expected = sum(self.loader.steps_per_epoch(earlier) for earlier in range(epoch)) + step
+            if expected != self.done:
+                raise InputError(f"{path}: made after {self.done} steps, but its data is at step {expected}")
             if self.first_rank:
                 log(f"continuing after step {self.done} of {self.last}")
         if self.first_rank:
@@ -79,7 +83,7 @@ class Run:
                     started, since = now, torch.zeros_like(since)
             self.done = number
             if number == self.last or (self.config.save_every and number % self.config.save_every == 0):
-                self.save(epoch)
+                self.save(self.loader.state(epoch, step.index + 1))
 
     def step(self, number: int, step: Step, want_record: bool) -> dict | None:
         """One optimizer step; its losses over all ranks, learning rate and gradient norm if wanted."""
@@ -91,7 +95,7 @@ class Run:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         norm = None
         for micro, batch in enumerate(step.batches):
-            _seed_pack(self.config.seed, number, micro * self.loader.world + self.loader.rank)
+            _seed_pack(self.config.seed, number, step.places[micro])
             loss, parts = self.engine(empty_batch(self.device) if batch is None else batch.to_torch(self.device))
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             sums += parts
@@ -122,14 +126,14 @@ class Run:
         if self.first_rank:
             self.folder.append(record)
 
-    def save(self, epoch: int) -> None:
-        """Write and publish a checkpoint after the steps done."""
+    def save(self, position: dict) -> None:
+        """Write and publish a checkpoint after the steps done; `position` is the loader's state."""
         if self.first_rank:
             self.folder.open_checkpoint(self.done)
         ds.barrier()
         ds.save_engine(self.engine, self.folder.temporary_checkpoint(self.done), not self.config.full)
         if self.first_rank:
-            self.folder.publish(self.done, {"epoch": epoch, "world": self.loader.world})
+            self.folder.publish(self.done, {"data": position, "world": self.loader.world})
         ds.barrier()
 
     def finish(self, checkpoint: Checkpoint, base: str) -> dict:
@@ -162,6 +166,7 @@ class Run:
             "steps": self.done,
             "resumed_from": self.resumed_from,
             "rows_left_out": len(self.loader.left_out),
+            "rows_cut": len(self.loader.cut),
             "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
             "first_loss": records[0]["loss"] if records else None,
             "loss": records[-1]["loss"] if records else None,
