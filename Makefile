@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Keeps the current folder off sys.path, where kernels/ would shadow the PyPI package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup test demo lint format bench clean
+.PHONY: setup test sanitize demo lint format bench clean
 
 setup: $(VENV)/.built
 
@@ -23,6 +23,32 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 # Two workers with a thread each: OpenMP threads of several processes on the same cores slow each other down.
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+
+# The tests of the C++ under AddressSanitizer and UBSan, with a copy of the package that has an extension of its own:
+# the one in the checkout stays as it is. CPython frees little at its end, so leaks are not looked for.
+SANITIZED := build/sanitize
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,packing balance collate prefetch loader sequences chunks)
+# Of the many sizes of the resize, those that take every path through it.
+SANITIZED_RESIZE := tests/test_resize.py -k '480 or 37 or 1600 or weights or memory or bad'
+# Captured output would be lost with the process, the sanitizer's report in it.
+PLAIN_PYTEST := -m pytest -q -p no:cacheprovider --capture=sys
+LIBRARY = $$(g++ -print-file-name=$(1).so)
+UNDER_ASAN = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(abspath $(SANITIZED)/package) LD_PRELOAD="$(call LIBRARY,libasan) $(call LIBRARY,libstdc++)" $(RUN)
+
+sanitize: setup
+	rm -rf $(SANITIZED)/package
+	mkdir -p $(SANITIZED)/package
+	cp -r medmax_fast kernels $(SANITIZED)/package
+	rm -f $(SANITIZED)/package/medmax_fast/_csrc*
+	CXX=g++ $(VENV)/bin/cmake -S . -B $(SANITIZED)/cmake -G Ninja -DMEDMAX_SANITIZE=ON \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DPython_EXECUTABLE=$(abspath $(RUN)) \
+		-DCMAKE_INSTALL_PREFIX=$(abspath $(SANITIZED)/package)
+	$(VENV)/bin/cmake --build $(SANITIZED)/cmake
+	$(VENV)/bin/cmake --install $(SANITIZED)/cmake
+	$(UNDER_ASAN) -c 'import medmax_fast._csrc as m; assert "$(SANITIZED)" in m.__file__, m.__file__'
+	$(UNDER_ASAN) $(PLAIN_PYTEST) -n 2 --max-worker-restart=0 $(SANITIZED_TESTS)
+	$(UNDER_ASAN) $(PLAIN_PYTEST) $(SANITIZED_RESIZE)
 
 demo: setup
 	$(RUN) examples/demo/run.py --output demo-output
