@@ -62,9 +62,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup
-	PYTHONPATH=. $(RUN) -m benchmarks.bench_packing
-	PYTHONPATH=. $(RUN) -m benchmarks.bench_collate
-	PYTHONPATH=. $(RUN) -m benchmarks.bench_vq
+	for name in images precision vq build packing collate; do PYTHONPATH=. $(RUN) -m benchmarks.bench_$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
