@@ -202,11 +202,11 @@ class TokenizeRun:
         for shard in left:
             if claims.take(shard):
                 # It may have been published between the look and the claim.
-                if shard in self.shards.left():
+                if self.shards.is_done(shard):
+                    claims.give_back(shard)
+                else:
                     self.shards.remove_leftovers(shard)
                     yield shard
-                else:
-                    claims.give_back(shard)
 
     def _encode(self, results: Iterable[tuple]) -> Shard:
         """The codes and the record of one shard's images."""

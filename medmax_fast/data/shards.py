@@ -80,6 +80,10 @@ class Shards:
             if self.record_path(shard).name in records and self.codes_path(shard).name in codes
         ]
 
+    def is_done(self, shard: int) -> bool:
+        """Whether one shard is published; two looks, where `done` lists all of them."""
+        return self.record_path(shard).exists() and self.codes_path(shard).exists()
+
     def left(self) -> list[int]:
         """Shards that are not done."""
         return sorted(set(range(self.count)) - set(self.done()))
