@@ -83,7 +83,13 @@ def tokenize_images(config: TokenizeConfig) -> dict:
         run.exact = lambda: ImageTokenizer.from_checkpoint(config.ckpt, device, "fp32")
     run.work()
     records = shards.records()
-    facts = {"stages": stage_table(totals(records)["seconds"]), **shards.difference()}
+    seconds = totals(records)["seconds"]
+    facts = {
+        # Over all processes and runs that worked on the folder: what one of them did in a second.
+        "images_per_process_second": round(len(images.paths) / max(seconds.get("total", 0.0), 1e-9), 2),
+        "stages": stage_table(seconds),
+        **shards.difference(),
+    }
     shards.merge(images.base, settings, facts)
     summary = _summary(run, records, facts, time.monotonic() - start)
     # torchrun ends every rank when one fails, so there rank 0 judges for all of them.

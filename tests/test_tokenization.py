@@ -303,6 +303,8 @@ def test_shares_of_time(fake, pictures, tmp_path, capsys):
     assert [row["stage"] for row in summary["stages"]] == ["read", "decode", "preprocess", "encode", "write"]
     assert sum(row["share"] for row in summary["stages"]) == pytest.approx(1, abs=1e-3)
     assert summary["images_here"] == 24 and summary["images_per_second"] > 0
+    speed = manifest["images_per_process_second"]
+    assert speed == summary["images_per_process_second"] == pytest.approx(24 / manifest["seconds"]["total"], rel=0.1)
     assert all(manifest["seconds"][stage] > 0 for stage in ("read", "decode", "encode", "write", "total"))
 
 
