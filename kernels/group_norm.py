@@ -27,6 +27,8 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.launch import use_triton
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Values of a tile, and the channels it aims at. Not tuned on a GPU yet: settings that triton 3.6 and 3.9 compile
 # without a spill for sm_80 and sm_90 (tests/test_aot.py).
@@ -265,13 +267,13 @@ def group_norm_silu(
         raise ValueError(f"{dtypes}: expected float32, float16 or bfloat16, weight and bias float32 or the same")
     if not x_BCHW.device == weight.device == bias.device:
         raise ValueError(f"input on {x_BCHW.device}, weight on {weight.device}, bias on {bias.device}")
-    use_triton = _use_triton(impl, x_BCHW)
+    fused = use_triton(impl, x_BCHW)
     if x_BCHW.numel() == 0:
         return torch.empty_like(x_BCHW)
-    refusal = _refusal(x_BCHW, weight, bias, groups) if use_triton else None
+    refusal = _refusal(x_BCHW, weight, bias, groups) if fused else None
     if refusal and impl == "triton":
         raise ValueError(f"impl='triton': {refusal}")
-    run = _group_norm_triton if use_triton and not refusal else group_norm_silu_ref
+    run = _group_norm_triton if fused and not refusal else group_norm_silu_ref
     return run(x_BCHW, weight, bias, groups, eps, silu)
 
 
@@ -284,19 +286,3 @@ def _refusal(x_BCHW, weight, bias, groups: int) -> str | None:
     if x_BCHW.shape[1] // groups > MAX_GROUP:
         return f"{x_BCHW.shape[1] // groups} channels in a group, expected {MAX_GROUP} at most"
     return None
-
-
-def _use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    # See vq.py: under TRITON_INTERPRET=1 a kernel is no JITFunction and runs on CPU tensors, slowly.
-    interpreted = triton is not None and not isinstance(_group_norm_kernel, triton.JITFunction)
-    if impl == "auto":
-        return tensor.is_cuda and triton is not None and not interpreted
-    if impl == "torch":
-        return False
-    if impl != "triton":
-        raise ValueError(f"impl {impl!r}: expected 'auto', 'triton' or 'torch'")
-    if triton is None:
-        raise RuntimeError("impl='triton': triton is not installed (pip install triton, or use impl='auto')")
-    if not tensor.is_cuda and not interpreted:
-        raise RuntimeError(f"impl='triton': the tensors are on {tensor.device}, expected a GPU (or TRITON_INTERPRET=1)")
-    return True

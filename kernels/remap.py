@@ -18,6 +18,8 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.launch import use_triton
+
 DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 BUFFER_DTYPES = (torch.int64, torch.int32, torch.uint16)
 SHIFT_BLOCK, SPAN_BLOCK = 1024, 256
@@ -167,7 +169,7 @@ def codes_to_ids(
     """
     _check_dtypes(codes.dtype, DTYPES, dtype)
     _check_fits(image_start + num_codes - 1, dtype)
-    if not _use_triton(impl, codes):
+    if not use_triton(impl, codes):
         return codes_to_ids_ref(codes, image_start, num_codes, dtype=dtype)
     ids, bad = _shift_triton(codes, 0, num_codes, image_start, dtype)
     _raise_bad_code(codes, bad, num_codes)
@@ -183,7 +185,7 @@ def ids_to_codes(
     """
     _check_dtypes(ids.dtype, DTYPES, dtype)
     _check_fits(num_codes - 1, dtype)
-    if not _use_triton(impl, ids):
+    if not use_triton(impl, ids):
         return ids_to_codes_ref(ids, image_start, num_codes, dtype=dtype)
     codes, bad = _shift_triton(ids, image_start, image_start + num_codes, -image_start, dtype)
     _raise_bad_id(ids, bad, image_start, num_codes)
@@ -218,10 +220,10 @@ def write_image_spans(
         )
     if not out_ids.device == starts.device == codes_NP.device:
         raise ValueError(f"buffer on {out_ids.device}, starts on {starts.device}, codes on {codes_NP.device}")
-    use_triton = _use_triton(impl, out_ids)
+    fused = use_triton(impl, out_ids)
     if len(codes_NP) == 0:
         return out_ids
-    write = _write_image_spans_triton if use_triton else write_image_spans_ref
+    write = _write_image_spans_triton if fused else write_image_spans_ref
     return write(out_ids, starts, codes_NP, boi, eoi, image_start, num_codes)
 
 
@@ -263,19 +265,3 @@ def _check_dtypes(given: torch.dtype, allowed: tuple, out: torch.dtype) -> None:
 def _check_fits(largest: int, dtype: torch.dtype) -> None:
     if largest > torch.iinfo(dtype).max:
         raise ValueError(f"id {largest} does not fit {dtype}")
-
-
-def _use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    # See vq.py: under TRITON_INTERPRET=1 a kernel is no JITFunction and runs on CPU tensors, slowly.
-    interpreted = triton is not None and not isinstance(_shift_kernel, triton.JITFunction)
-    if impl == "auto":
-        return tensor.is_cuda and triton is not None and not interpreted
-    if impl == "torch":
-        return False
-    if impl != "triton":
-        raise ValueError(f"impl {impl!r}: expected 'auto', 'triton' or 'torch'")
-    if triton is None:
-        raise RuntimeError("impl='triton': triton is not installed (pip install triton, or use impl='auto')")
-    if not tensor.is_cuda and not interpreted:
-        raise RuntimeError(f"impl='triton': the tensors are on {tensor.device}, expected a GPU (or TRITON_INTERPRET=1)")
-    return True

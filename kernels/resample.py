@@ -31,6 +31,8 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.launch import use_triton
+
 # One row of the plan's table, int64: the image's first byte, its width, the first row that is read and the number of
 # these rows, the row of `mid` where they go, and for columns and rows the place of their taps and their number.
 FIELDS = 9
@@ -279,7 +281,7 @@ def resample(
             f"{[plan.images, 3, plan.side, plan.side]} on {values.device}, channels_last"
         )
     pixels, values = pixels.contiguous(), values.contiguous()
-    if not _use_triton(impl, pixels):
+    if not use_triton(impl, pixels):
         return resample_ref(pixels, plan, values, out=out)
     mid = torch.empty((plan.mid_rows, 3 * plan.side), dtype=torch.uint8, device=pixels.device)
     return _resample_triton(pixels, plan.to(pixels.device), values, mid, out)
@@ -288,19 +290,3 @@ def resample(
 def _empty(plan: ResamplePlan, values: torch.Tensor) -> torch.Tensor:
     shape = (plan.images, 3, plan.side, plan.side)
     return torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=torch.channels_last)
-
-
-def _use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    # See vq.py: under TRITON_INTERPRET=1 a kernel is no JITFunction and runs on CPU tensors, slowly.
-    interpreted = triton is not None and not isinstance(_columns_kernel, triton.JITFunction)
-    if impl == "auto":
-        return tensor.is_cuda and triton is not None and not interpreted
-    if impl == "torch":
-        return False
-    if impl != "triton":
-        raise ValueError(f"impl {impl!r}: expected 'auto', 'triton' or 'torch'")
-    if triton is None:
-        raise RuntimeError("impl='triton': triton is not installed (pip install triton, or use impl='auto')")
-    if not tensor.is_cuda and not interpreted:
-        raise RuntimeError(f"impl='triton': the tensors are on {tensor.device}, expected a GPU (or TRITON_INTERPRET=1)")
-    return True

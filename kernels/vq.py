@@ -46,6 +46,8 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.launch import use_triton
+
 # Distances of one block of rows in the torch reference, 64 MB in fp32; it holds two such blocks at a time.
 REF_ELEMENTS = 1 << 24
 # Most channels that the screen takes: it holds its latents whole on chip.
@@ -317,26 +319,9 @@ def nearest_code(
         raise ValueError(f"latents {z_ND.dtype}, codebook {codebook_KD.dtype}: expected float32, float16 or bfloat16")
     if z_ND.device != codebook_KD.device:
         raise ValueError(f"latents on {z_ND.device}, codebook on {codebook_KD.device}: expected one device")
-    use_triton = _use_triton(impl, z_ND)
+    fused = use_triton(impl, z_ND)
     if len(z_ND) == 0:
         return torch.empty(0, dtype=torch.int64, device=z_ND.device)
-    if use_triton:
+    if fused:
         return _nearest_code_triton(z_ND, codebook_KD, id_offset)[0]
     return nearest_code_ref(z_ND, codebook_KD, id_offset=id_offset)
-
-
-def _use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    # The interpreter (TRITON_INTERPRET=1) leaves something else than a JITFunction behind; it takes CPU tensors but
-    # is there to test kernels, far too slow to be chosen by "auto".
-    interpreted = triton is not None and not isinstance(_nearest_code_kernel, triton.JITFunction)
-    if impl == "auto":
-        return tensor.is_cuda and triton is not None and not interpreted
-    if impl == "torch":
-        return False
-    if impl != "triton":
-        raise ValueError(f"impl {impl!r}: expected 'auto', 'triton' or 'torch'")
-    if triton is None:
-        raise RuntimeError("impl='triton': triton is not installed (pip install triton, or use impl='auto')")
-    if not tensor.is_cuda and not interpreted:
-        raise RuntimeError(f"impl='triton': the tensors are on {tensor.device}, expected a GPU (or TRITON_INTERPRET=1)")
-    return True

@@ -188,7 +188,7 @@ def test_other_layouts_and_gradients_go_to_torch(monkeypatch):
     with pytest.raises(ValueError, match="no backward"):
         group_norm.group_norm_silu(x, learnt, bias, 32, EPS, impl="triton")
     # As on a GPU, where "auto" would take the kernel.
-    monkeypatch.setattr(group_norm, "_use_triton", lambda impl, tensor: True)
+    monkeypatch.setattr(group_norm, "use_triton", lambda impl, tensor: True)
     monkeypatch.setattr(group_norm, "_group_norm_triton", lambda *_: pytest.fail("the kernel was taken"))
     y = group_norm.group_norm_silu(planes, weight, bias, 32, EPS)
     assert torch.equal(y, group_norm.group_norm_silu_ref(planes, weight, bias, 32, EPS))

@@ -9,12 +9,11 @@ import random
 import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medmax_fast.kernels import resample
+from medmax_fast.kernels import launch, resample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = 24
@@ -353,11 +352,10 @@ def test_bad_arguments(arguments, message):
 def test_without_triton_or_gpu(monkeypatch):
     pixels, plan = torch.zeros(48, dtype=torch.uint8), resample.plan_resample([(4, 4)], [TAPS], [TAPS])
     values = torch.arange(256, dtype=torch.float32)
-    # A kernel as it is without the interpreter.
-    monkeypatch.setattr(resample, "_columns_kernel", object.__new__(triton.JITFunction))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="on cpu, expected a GPU"):
         resample.resample(pixels, plan, values, impl="triton")
-    monkeypatch.setattr(resample, "triton", None)
+    monkeypatch.setattr(launch, "triton", None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resample.resample(pixels, plan, values, impl="triton")
     assert resample.resample(pixels, plan, values).eq(0).all()
