@@ -29,6 +29,10 @@ SHIFT_SIZES = ("size", "low", "high", "shift")
 SPAN_SIZES = ("T", "P", "boi", "eoi", "image_start", "num_codes", "stride_t", "stride_n", "stride_p")
 GROUP_SIZES = ("HW", "chunks", "chunk_rows", "program_rows", "stride_xb", "stride_xr")
 GROUP_ALIGNED = ("x_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "m2_ptr", "out_ptr", *GROUP_SIZES[2:], "HW")
+ROPE_STRIDES = ("stride_xt", "stride_xh", "stride_dt", "stride_dh", "stride_ct", "stride_st")
+ROPE_SIZES = ("T", "H", *ROPE_STRIDES, "stride_cf", "stride_sf")
+ROPE_INPUTS = ("x_ptr", "weight_ptr", "bias_ptr", "cos_ptr", "sin_ptr")
+ROPE_OUTPUTS = ("out_ptr", "dout_ptr", "dx_ptr", "dweight_ptr", "dbias_ptr")
 RESAMPLE_ALIGNED = ("pixels_ptr", "table_ptr", "taps_ptr", "mid_ptr", "values_ptr", "out_ptr")
 CASES = {
     "shift_i64_u16": ("shift", ("i64", "u16"), {}, ("in_ptr", "out_ptr", "bad_ptr", "size")),
@@ -79,6 +83,91 @@ for _name, _types in GROUP_CASES.items():
     CASES[f"group_{_name}"] = ("group", _types, _ones | {"SILU": _name != "fp16_c512"}, _aligned)
     CASES[f"groupstats_{_name}"] = ("groupstats", _types, _ones, _aligned)
 
+# LayerNorm and RoPE of each head: types of input, affine part and cosines, then D, whether each head has an affine part
+# of its own, gradients that are not wanted; "general" has odd strides, of the cosines too. Each is two kernels.
+FROZEN = ("dweight_ptr", "dbias_ptr")
+ROPE_CASES = {
+    "bf16_d128": ("bf16", "bf16", "bf16", 128, False, ()),
+    "fp16_d128": ("fp16", "fp16", "fp16", 128, False, ()),
+    "fp32_d128": ("fp32", "fp32", "fp32", 128, False, ()),
+    "bf16_d128_heads": ("bf16", "fp32", "fp32", 128, True, ()),
+    "fp32_d128_heads": ("fp32", "fp32", "fp32", 128, True, ()),
+    "bf16_d128_frozen": ("bf16", "bf16", "bf16", 128, True, FROZEN),
+    "fp32_d128_affine": ("fp32", "fp32", "fp32", 128, False, ("dx_ptr",)),
+    "bf16_d128_general": ("bf16", "fp32", "fp32", 128, False, ()),
+    "fp16_d128_general": ("fp16", "fp16", "fp32", 128, True, ()),
+    "fp32_d128_general": ("fp32", "fp32", "fp64", 128, False, ()),
+    "fp32_d128_general_heads": ("fp32", "fp32", "fp32", 128, True, ()),
+    "bf16_d64": ("bf16", "bf16", "bf16", 64, False, ()),
+    "fp32_d10_general": ("fp32", "fp32", "fp32", 10, False, ()),
+    "fp32_d2048": ("fp32", "fp32", "fp32", 2048, False, ()),
+    "fp32_ones": ("fp32", "fp32", "fp32", 2, True, ()),
+}
+for _name, _types in ROPE_CASES.items():
+    _aligned = (*ROPE_INPUTS, *ROPE_OUTPUTS, "T", "H", *ROPE_STRIDES)
+    _ones = dict.fromkeys(("stride_cf", "stride_sf"), 1)
+    if "general" in _name or "ones" in _name:
+        _aligned, _ones = (), dict.fromkeys(ROPE_SIZES if "ones" in _name else (), 1)
+    CASES[f"rope_{_name}"] = ("rope", _types, _ones, _aligned)
+    CASES[f"ropeback_{_name}"] = ("ropeback", _types, _ones, _aligned)
+
+# Cross-entropy: type of the logits, vocabulary, whether the gradient is written; without weights they are None.
+XENT_SIZES = ("V", "stride_s")
+XENT_ALIGNED = ("logits_ptr", "targets_ptr", "weights_ptr", "losses_ptr", *XENT_SIZES)
+CASES |= {
+    "xent_bf16": ("xent", ("bf16", 65536, True), {}, XENT_ALIGNED),
+    "xent_fp16": ("xent", ("fp16", 65536, True), {}, XENT_ALIGNED),
+    "xent_fp32": ("xent", ("fp32", 65536, True), {"weights_ptr": None}, XENT_ALIGNED),
+    "xent_bf16_losses": ("xent", ("bf16", 65536, False), {"weights_ptr": None}, XENT_ALIGNED),
+    "xent_fp32_general": ("xent", ("fp32", 9001, True), {}, ()),
+    "xent_bf16_general": ("xent", ("bf16", 9001, True), {}, ()),
+    "xent_fp32_small": ("xent", ("fp32", 50, True), {}, ()),
+    "xent_fp32_ones": ("xent", ("fp32", 1, True), dict.fromkeys(XENT_SIZES, 1), ()),
+}
+
+# RMSNorm: types of input and weight, width, outputs that are not wanted. Each is two kernels.
+RMS_ALIGNED = ("x_ptr", "weight_ptr", "out_ptr", "rstd_ptr", "dy_ptr", "dx_ptr", "partial_ptr")
+RMS_SIZES = ("R", "stride_xr", "stride_dyr")
+RMS_CASES = {
+    "bf16_c4096": ("bf16", "bf16", 4096, ()),
+    "bf16_c4096_frozen": ("bf16", "bf16", 4096, ("partial_ptr",)),
+    "bf16_c4096_weight": ("bf16", "bf16", 4096, ("dx_ptr", "rstd_ptr")),
+    "fp32_c4096": ("fp32", "fp32", 4096, ()),
+    "bf16_c8192": ("bf16", "fp32", 8192, ()),
+    "fp16_c8192_frozen": ("fp16", "fp16", 8192, ("partial_ptr",)),
+    "fp32_c8192": ("fp32", "fp32", 8192, ()),
+    "fp32_c8191_general": ("fp32", "fp32", 8191, ()),
+    "bf16_c64": ("bf16", "bf16", 64, ()),
+    "fp32_c64": ("fp32", "fp32", 64, ()),
+    "bf16_c128": ("bf16", "bf16", 128, ()),
+    "bf16_c1000_general": ("bf16", "bf16", 1000, ()),
+    "fp32_c1000_general": ("fp32", "fp32", 1000, ()),
+    "fp32_c1000_general_frozen": ("fp32", "fp32", 1000, ("partial_ptr",)),
+    "fp32_ones": ("fp32", "fp32", 1, ()),
+}
+# SwiGLU: type, width, outputs that are not wanted. Each is two kernels.
+SWIGLU_ALIGNED = ("gate_ptr", "up_ptr", "out_ptr", "dy_ptr", "dgate_ptr", "dup_ptr")
+SWIGLU_SIZES = ("R", "stride_gr", "stride_ur", "stride_dyr")
+SWIGLU_CASES = {
+    "bf16_c11008": ("bf16", 11008, ()),
+    "fp16_c11008": ("fp16", 11008, ()),
+    "fp32_c11008": ("fp32", 11008, ()),
+    "bf16_c11008_gate": ("bf16", 11008, ("dup_ptr",)),
+    "bf16_c11008_up": ("bf16", 11008, ("dgate_ptr",)),
+    "bf16_c172_general": ("bf16", 172, ()),
+    "fp16_c1001_general": ("fp16", 1001, ()),
+    "fp32_c11009_general": ("fp32", 11009, ()),
+    "fp32_ones": ("fp32", 1, ()),
+}
+for _ops, _cases, _pointers, _sizes in (
+    (("rms", "rmsback"), RMS_CASES, RMS_ALIGNED, RMS_SIZES),
+    (("swiglu", "swigluback"), SWIGLU_CASES, SWIGLU_ALIGNED, SWIGLU_SIZES),
+):
+    for _name, _types in _cases.items():
+        _ones = dict.fromkeys(_sizes, 1) if "ones" in _name else {}
+        _aligned = () if "general" in _name or "ones" in _name else (*_pointers, *_sizes)
+        CASES |= {f"{_op}_{_name}": (_op, _types, _ones, _aligned) for _op in _ops}
+
 
 @triton.jit
 def tf32_product(a_ptr, b_ptr, out_ptr, SIDE: tl.constexpr):
@@ -99,6 +188,14 @@ def kernel_and_types(op, types):
         return remap._shift_kernel, pointers | integers, {"BLOCK": remap.SHIFT_BLOCK}, remap.OPTIONS
     if op in ("group", "groupstats"):
         return group_norm_kernel_and_types(op, *types)
+    if op in ("rope", "ropeback"):
+        return norm_rope_kernel_and_types(op, *types)
+    if op == "xent":
+        return cross_entropy_kernel_and_types(*types)
+    if op in ("rms", "rmsback"):
+        return rms_norm_kernel_and_types(op, *types)
+    if op in ("swiglu", "swigluback"):
+        return swiglu_kernel_and_types(op, *types)
     if op in ("columns", "rows"):
         return resample_kernel_and_types(op, types)
     pointers = {"out_ptr": f"*{types}", "starts_ptr": "*i64", "codes_ptr": "*i64", "bad_ptr": "*i64"}
@@ -130,6 +227,52 @@ def group_norm_kernel_and_types(op, element, affine, channels, groups, pixels):
     else:
         kernel, constants = group_norm._group_norm_kernel, constants | {"CHUNKS_P": triton.next_power_of_2(chunks)}
     return kernel, pointers | dict.fromkeys(GROUP_SIZES, "i32"), constants, group_norm.OPTIONS
+
+
+def norm_rope_kernel_and_types(op, element, affine, table, width, per_head, unwanted):
+    from medmax_fast.kernels import qk_norm_rope
+
+    constants, _ = qk_norm_rope._plan(1, 1, width)
+    constants |= {"PER_HEAD": per_head} | dict.fromkeys(unwanted)
+    types = dict.fromkeys(("x_ptr", "out_ptr", "dout_ptr", "dx_ptr"), f"*{element}") | {"eps": "fp32"}
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{affine}") | dict.fromkeys(FROZEN, "*fp32")
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{table}") | dict.fromkeys(ROPE_SIZES, "i32")
+    kernel = qk_norm_rope._norm_rope_kernel if op == "rope" else qk_norm_rope._norm_rope_backward_kernel
+    return kernel, types, constants, qk_norm_rope.OPTIONS
+
+
+def cross_entropy_kernel_and_types(element, vocabulary, gradient):
+    from medmax_fast.kernels import cross_entropy
+
+    types = {"logits_ptr": f"*{element}", "targets_ptr": "*i64", "weights_ptr": "*fp32", "losses_ptr": "*fp32"}
+    types |= dict.fromkeys(XENT_SIZES, "i32") | {"lse_ptr": "*fp32", "z_loss": "fp32"}
+    block = min(cross_entropy.BLOCK, triton.next_power_of_2(vocabulary))
+    constants = {"GRADIENT": gradient, "BLOCK": block}
+    return cross_entropy._cross_entropy_kernel, types, constants, cross_entropy.OPTIONS
+
+
+def rms_norm_kernel_and_types(op, element, weight, width, unwanted):
+    from medmax_fast.kernels import rms_norm
+
+    kernel = rms_norm._rms_norm_kernel if op == "rms" else rms_norm._rms_norm_backward_kernel
+    types = dict.fromkeys(("x_ptr", "out_ptr", "dy_ptr", "dx_ptr"), f"*{element}") | {"weight_ptr": f"*{weight}"}
+    types |= dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32") | dict.fromkeys(RMS_SIZES, "i32") | {"eps": "fp32"}
+    plan = rms_norm._plan(width)
+    options = {name: value for name, value in plan.items() if name not in kernel.arg_names}
+    # The backward always reads what the forward may leave out.
+    unwanted = [name for name in unwanted if op == "rms" or name != "rstd_ptr"]
+    return kernel, types, plan | dict.fromkeys(unwanted), options
+
+
+def swiglu_kernel_and_types(op, element, width, unwanted):
+    from medmax_fast.kernels import swiglu
+
+    kernel = swiglu._swiglu_kernel if op == "swiglu" else swiglu._swiglu_backward_kernel
+    types = dict.fromkeys(SWIGLU_ALIGNED, f"*{element}") | dict.fromkeys(SWIGLU_SIZES, "i32")
+    constants = swiglu._plan(1, width)[1] | dict.fromkeys(unwanted)
+    if op == "swigluback" and "dgate_ptr" in unwanted:
+        constants["up_ptr"] = None
+    return kernel, types, constants, swiglu.OPTIONS
 
 
 def resample_kernel_and_types(op, element):
@@ -235,6 +378,34 @@ def test_resample_leaves_room_for_many_programs(compiled, case, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", ROPE_CASES)
+def test_norm_rope_stores(compiled, case, capability):
+    forward, backward = (compiled[f"{op}_{case}/{capability}"] for op in ("rope", "ropeback"))
+    # Gradients must be the same on every run.
+    assert backward["opcodes"]["atom"] == backward["opcodes"]["red"] == 0
+    if case in ("bf16_d128", "fp16_d128", "fp32_d128", "bf16_d128_frozen"):
+        # A thread's eight values of each half leave in vectors of 16 bytes, and a head's sum needs no shared memory.
+        assert forward["opcodes"]["st"] == (4 if case.startswith("fp32") else 2) and forward["shared"] == 0
+    if case == "bf16_d128_frozen":
+        assert backward["opcodes"]["st"] == 2 and backward["shared"] == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("op", "case"), [("rms", n) for n in RMS_CASES] + [("swiglu", n) for n in SWIGLU_CASES])
+def test_rms_norm_and_swiglu_stores(compiled, op, case, capability):
+    forward, backward = (compiled[f"{name}_{case}/{capability}"] for name in (op, f"{op}back"))
+    # Gradients must be the same on every run.
+    assert backward["opcodes"]["atom"] == backward["opcodes"]["red"] == 0
+    # A thread's eight values leave in vectors of 16 bytes, the two gradients of SwiGLU in one pass; a frozen weight
+    # leaves nothing to exchange but the sums of the row.
+    if case in ("bf16_c11008", "fp16_c11008", "fp32_c11008"):
+        vectors = 2 if case.startswith("fp32") else 1
+        assert (forward["opcodes"]["st"], backward["opcodes"]["st"]) == (vectors, 2 * vectors)
+    if op == "rms" and case.endswith("frozen"):
+        assert backward["shared"] <= 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_counts_see_what_they_should(compiled, capability):
     # Guards the two tests above against a pattern that matches nothing.
     for case in CASES:
@@ -258,6 +429,13 @@ def test_every_kernel_is_compiled():
         "_span_kernel",
         "_group_statistics_kernel",
         "_group_norm_kernel",
+        "_norm_rope_kernel",
+        "_norm_rope_backward_kernel",
+        "_cross_entropy_kernel",
+        "_rms_norm_kernel",
+        "_rms_norm_backward_kernel",
+        "_swiglu_kernel",
+        "_swiglu_backward_kernel",
         "_columns_kernel",
         "_rows_kernel",
     }
