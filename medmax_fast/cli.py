@@ -6,8 +6,10 @@ input (one line, no traceback), 3 more inputs rejected than allowed, 130 interru
 """
 
 import argparse
+import functools
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -36,6 +38,10 @@ COMMANDS = {
 }
 
 
+# Commands whose flags may also come from a file, given as @FILE: flags as on the command line, # begins a comment.
+WITH_RECIPES = (config.TrainConfig,)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; every flag, its type, choices and default come from a dataclass field."""
     parser = argparse.ArgumentParser(prog="medmax", description="MedMax: tokenize, train, generate, evaluate.")
@@ -45,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (cls, _, _) in COMMANDS.items():
         doc = cls.__doc__.strip()
-        command = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        recipes = {"fromfile_prefix_chars": "@"} if cls in WITH_RECIPES else {}
+        command = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False, **recipes)
+        command.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
         hints = typing.get_type_hints(cls)
         for field in fields(cls):
             _add_flag(command, field, hints[field.name])

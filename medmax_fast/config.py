@@ -111,20 +111,28 @@ class InspectConfig:
     output: str = option("", "folder for histogram.png and suspicious.jsonl (default: the store itself)")
 
 
+ROWS = ("none", "image", "all")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune a checkpoint on a token store with DeepSpeed."""
+    """Fine-tune a checkpoint on a token store with DeepSpeed. @FILE reads flags from a file (see examples/recipes)."""
 
     data: str = required("token store")
     ckpt: str = required("base checkpoint, in either layout")
     output: str = required("run folder")
     full: bool = option(False, "train all weights instead of a LoRA adapter")
-    lora_rank: int = option(16, "LoRA rank")
+    freeze: str = option(
+        "", "with --full: weights left as they are, patterns of names such as *.layers.0.*, comma-separated"
+    )
+    lora_rank: int = option(16, "LoRA rank (0: no adapter, only what --head and --embeddings name)")
     lora_alpha: float = option(16.0, "LoRA alpha (scale = alpha / rank)")
     lora_dropout: float = option(0.05, "LoRA dropout")
     lora_targets: str = option(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "modules with an adapter, comma-separated"
     )
+    head: str = option("none", "rows of the output head trained too: of image codes, boi and eoi, or all", ROWS)
+    embeddings: str = option("none", "rows of the input embeddings trained too, as --head", ROWS)
     epochs: int = option(3, "passes over the store")
     max_steps: int = option(0, "stop after this many optimizer steps (0: all epochs)")
     pack_length: int = option(4096, "ids per pack; a pack holds whole rows only")
@@ -144,13 +152,29 @@ class TrainConfig:
     warmup_ratio: float = option(0.1, "share of the steps with rising learning rate")
     weight_decay: float = option(0.0, "AdamW weight decay")
     clip: float = option(1.0, "gradient norm limit (0: none)")
+    z_loss: float = option(0.0, "weight of the squared log-partition added to the loss (PaLM: 1e-4)")
+    optimizer: str = option("adamw", "AdamW, or with its state in 8 bits (bitsandbytes)", ("adamw", "adamw8bit"))
     seed: int = option(0, "seed of order, adapter and dropout")
     precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
     zero: int = option(2, "DeepSpeed ZeRO stage, 0 to 3")
-    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    offload: str = option(
+        "none",
+        "kept in CPU memory: the optimizer's state, or with --zero 3 all weights too",
+        ("none", "optimizer", "all"),
+    )
+    bucket_size: int = option(500_000_000, "elements that ZeRO reduces or gathers at a time")
+    recompute: str = option(
+        "none",
+        "activations computed again in the backward pass: all but large products and attention, or whole layers",
+        ("none", "selective", "layers"),
+    )
     deepspeed_config: str = option("", "JSON file whose entries override the built DeepSpeed configuration")
-    save_every: int = option(0, "steps between resumable checkpoints (0: only at the end)")
-    log_every: int = option(1, "steps between lines of metrics.jsonl")
+    validation: str = option("", "token store whose loss is measured, per task and source")
+    validate_every: int = option(0, "steps between validations (0: only after the last)")
+    save_every: int = option(500, "steps between resumable checkpoints (0: only after the last)")
+    keep: int = option(2, "newest checkpoints that are kept")
+    log_every: int = option(1, "steps between lines of metrics.jsonl; the loss is read, and checked, only then")
+    track: str = option("", "also log to these: tensorboard, wandb")
     device: str = option("auto", "where to train", DEVICES)
 
 

@@ -62,11 +62,13 @@ def _attention(device) -> dict:
 
     impl = available(device, torch.bfloat16)
     words = {
+        "flash_attn_3": "FlashAttention 3",
         "flash_attn": f"flash-attn {metadata.version('flash-attn')}" if _has("flash_attn") else "",
         "torch_varlen": "torch.nn.attention.varlen",
         "sdpa": "scaled dot-product attention, sequence by sequence",
     }
     why = {
+        "flash_attn_3": "",
         "flash_attn": "",
         "torch_varlen": "flash-attn is not installed; torch's own kernel serves",
         "sdpa": "no GPU" if device.type == "cpu" else "needs torch 2.10 or later",

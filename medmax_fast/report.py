@@ -5,6 +5,7 @@ Runs of one kind share a section, so that two evaluations of the same questions 
 recognised by its files; whatever cannot be read is an InputError before anything is written.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,8 +176,10 @@ def _notes(run: Run, pictures: Pictures) -> str:
 
 
 def _training(run: Run, pictures: Pictures) -> str:
-    rows = run.data
-    figure = pictures.draw(f"Loss of {run.name}", figures.loss_curve, rows)
+    rows, file = run.data, run.path / "validation.jsonl"
+    validation = _jsonl(file) if file.is_file() else []
+    draw = functools.partial(figures.loss_curve, validation=validation)
+    figure = pictures.draw(f"Loss of {run.name}", draw, rows)
     shown = []
     for label, row in (("first", rows[0]), ("last", rows[-1])):
         cells = {name: row.get(name) for name in ("step", "loss", "text_loss", "image_loss", "lr", "grad_norm")}
@@ -184,7 +187,19 @@ def _training(run: Run, pictures: Pictures) -> str:
     tokens, seconds = (sum(row.get(name) or 0 for row in rows) for name in ("tokens", "seconds"))
     speed = f", {tokens / seconds:,.0f} ids/s" if seconds else ""
     total = f"{len(rows):,} logged steps, {tokens:,} ids, {seconds:,.1f} s{speed}."
-    return "\n\n".join([f"### {plain(run.name)}", figure, table(shown), total])
+    parts = [f"### {plain(run.name)}", figure, table(shown), total]
+    if validation:
+        parts.append(_validation(validation[-1]))
+    return "\n\n".join(parts)
+
+
+def _validation(row: dict) -> str:
+    """The last validation: its loss, per task and per source."""
+    shown = [{"rows": "all", "loss": row["loss"]}]
+    for kind in ("task", "source"):
+        shown += [{"rows": f"{kind} {name or '(none)'}", "loss": loss} for name, loss in row[f"by_{kind}"].items()]
+    cells = [{"rows": entry["rows"], "loss (nats per supervised id)": f"{entry['loss']:.4g}"} for entry in shown]
+    return f"Validation after step {row['step']}:\n\n{table(cells)}"
 
 
 def _store(run: Run, pictures: Pictures) -> str:

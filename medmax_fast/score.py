@@ -54,8 +54,8 @@ def score(config: ScoreConfig) -> dict:
 def score_batch(model, batch) -> list[tuple[float, int]]:
     """(summed cross-entropy in nats, supervised ids) of each row of a PackedBatch."""
     tensors = batch.to_torch(model.lm_head.weight.device)
-    labels = tensors["labels"][0]
-    losses, _ = target_losses(packed_hidden(model, tensors), labels, model.lm_head)
+    hidden, blocks = packed_hidden(model, tensors), (model.lm_head.weight,)
+    _, losses, _, _ = target_losses(hidden, tensors["labels"][0], blocks, count=batch.target_tokens)
     # A row's losses follow the order of its labels, so running totals at its bounds give its sum.
     counts = np.concatenate([[0], np.cumsum(batch.labels != -100)])[batch.cu_seqlens]
     parts = losses.double().cpu().numpy()

@@ -5,11 +5,10 @@ and the run folder is opened before the model is loaded.
 """
 
 import contextlib
+import hashlib
 import json
 import math
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,14 @@ from medmax_fast.config import TrainConfig, settings_of
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.long_rows import long_rows
 from medmax_fast.data.store import MANIFEST_FILE, TokenStore
-from medmax_fast.model.adapter import add_adapter, check_lora
+from medmax_fast.model.adapter import check_lora
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.layout import MAX_POSITIONS
 from medmax_fast.model.load import load_model
 from medmax_fast.model.probe import probe_isolation
-from medmax_fast.model.trainable import PackedModel, recompute_activations, share_norms
+from medmax_fast.model.trainable import check_choice, prepare
 from medmax_fast.runtime import (
+    SETTINGS_FILE,
     InputError,
     atomic_path,
     hash_file,
@@ -35,10 +35,16 @@ from medmax_fast.runtime import (
     pick_dtype,
     rank_and_world,
     read_json,
+    remove,
 )
 from medmax_fast.training import engine as ds
 from medmax_fast.training.folder import RunFolder
-from medmax_fast.training.run import Run, planned_total
+from medmax_fast.training.processes import StopRequest, on_first_rank
+from medmax_fast.training.result import finish
+from medmax_fast.training.run import Run
+from medmax_fast.training.schedule import planned_total
+from medmax_fast.training.trackers import check_trackers, open_trackers
+from medmax_fast.training.validation import Validation
 from medmax_fast.vocab import TextTokenizer
 
 # Packs that a thread fills while the ones before are trained on.
@@ -49,12 +55,16 @@ LIMITS = {
     "epochs": (1, math.inf),
     "max_steps": (0, math.inf),
     "max_length": (1, MAX_POSITIONS),
-    "lora_rank": (1, math.inf),
+    "lora_rank": (0, math.inf),
     "lora_dropout": (0, 0.99),
     "lr": (0, math.inf),
     "warmup_ratio": (0, 1),
     "weight_decay": (0, math.inf),
     "clip": (0, math.inf),
+    "z_loss": (0, math.inf),
+    "bucket_size": (1, math.inf),
+    "validate_every": (0, math.inf),
+    "keep": (1, math.inf),
     "save_every": (0, math.inf),
     "log_every": (1, math.inf),
 }
@@ -63,49 +73,85 @@ LIMITS = {
 def train(config: TrainConfig) -> dict:
     """Train, or continue the run in `config.output`; returns the summary, which is also R/result.json.
 
-    Start it under torchrun or the deepspeed launcher for several ranks. Interrupted, it keeps its last checkpoint.
+    Start it under torchrun or the deepspeed launcher for several ranks. SIGTERM or Ctrl-C on any of them ends the run
+    after the step in progress, saved; killed, it keeps its last checkpoint.
     """
     # Standard output belongs to the result; DeepSpeed prints there.
-    with contextlib.redirect_stdout(sys.stderr), _terminate_as_interrupt():
-        return _train(config)
+    with contextlib.redirect_stdout(sys.stderr), StopRequest().listening() as stop:
+        return _train(config, stop)
 
 
-def _train(config: TrainConfig) -> dict:
+def _train(config: TrainConfig, stop: StopRequest) -> dict:
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     _check_flags(config)
     rank, world = rank_and_world()
     # One rank reads the whole store for its checksums; the launcher ends the others if it fails.
     store, checkpoint = TokenStore(config.data, verify=rank == 0), open_checkpoint(config.ckpt)
-    loader = _open_loader(config, store, checkpoint, rank, world)
+    _check_store(store, config, checkpoint)
+    loader = _open_loader(config, store, rank, world, device)
+    validation = _open_validation(config, checkpoint, rank, world)
     last = planned_total(loader, config)
     ds.start_processes(device, dtype)
-    base = ds.on_first_rank(checkpoint.sha256)
-    ds.on_first_rank(lambda: str(open_output(config.output, "train", _settings(config, dtype, base))))
+    base = on_first_rank(checkpoint.sha256)
+    on_first_rank(lambda: str(open_output(config.output, "train", _settings(config, dtype, base))))
     folder = RunFolder(config.output)
     if folder.result.exists():
         log(f"{folder.path}: this run is finished; choose another --output to train again")
         return {**read_json(folder.result), "already_finished": True}
     if rank == 0:
         _list_long_rows(loader, folder)
-    engine = _build(config, checkpoint, store, device, dtype, world)
+    newest = on_first_rank(lambda: _newest_checkpoint(config, folder, world))
+    universal = newest is not None and newest[0] == folder.reshaped(newest[1]["step"])
+    engine = _build(config, checkpoint, store, device, dtype, world, universal)
     probe_isolation(engine, device)
-    run = Run(config, engine, loader, folder, device, last)
-    run.resume()
-    run.steps()
-    return run.finish(checkpoint, base)
+    run = Run(config, engine, loader, folder, checkpoint, device, last, validation)
+    run.resume(newest)
+    on_first_rank(lambda: _track(config, run))
+    status = 1
+    try:
+        run.steps(stop)
+        status = 0
+    finally:
+        run.trackers.close(status)
+    return finish(run, base)
 
 
-def _build(config: TrainConfig, checkpoint: Checkpoint, store: TokenStore, device, dtype, world: int):
+def _newest_checkpoint(config: TrainConfig, folder: RunFolder, world: int) -> tuple[Path, dict] | None:
+    """What to continue from, on rank 0 rewritten for any number of ranks if another number of them has made it."""
+    newest = folder.newest_checkpoint()
+    # At stage 0 every rank holds the whole state, and one has written it.
+    if newest is None or newest[1]["world"] == world or config.zero == 0:
+        return newest
+    path, state = newest
+    if config.optimizer == "adamw8bit":
+        raise InputError(
+            f"{path}: made by {state['world']} ranks, now {world}; use the same number, since the 8-bit state of the "
+            "optimizer cannot be shared out anew"
+        )
+    log(f"{path}: made by {state['world']} ranks, now {world}; it is rewritten for them first")
+    target = folder.reshaped(state["step"])
+    remove(target)
+    ds.to_universal(path, target)
+    return target, state
+
+
+def _build(config: TrainConfig, checkpoint: Checkpoint, store: TokenStore, device, dtype, world: int, universal: bool):
     # ZeRO-3 moves its share to the device itself.
     model = load_model(checkpoint, "cpu" if config.zero == 3 else device, dtype)
-    if config.full:
-        share_norms(model)
-    else:
-        add_adapter(model, config)
-    if config.checkpointing:
-        recompute_activations(model)
-    return ds.build_engine(PackedModel(model, store.layout).train(), config, device, dtype, world)
+    return ds.build_engine(prepare(model, config, store.layout), config, device, dtype, world, universal)
+
+
+def _track(config: TrainConfig, run: Run) -> None:
+    """Open the trackers of a run on this rank."""
+    settings = read_json(run.folder.path / SETTINGS_FILE)
+    # Another run of the same name elsewhere is another run.
+    run_id = hashlib.sha256(str(run.folder.path.resolve()).encode()).hexdigest()[:16]
+    run.trackers = open_trackers(_names(config.track), run.folder.path, settings, run_id, run.done)
+
+
+def _names(text: str) -> list[str]:
+    return list(filter(None, map(str.strip, text.split(","))))
 
 
 def _check_flags(config: TrainConfig) -> None:
@@ -115,21 +161,27 @@ def _check_flags(config: TrainConfig) -> None:
         if not least <= value <= most:
             expected = f"{least}..{most}" if most < math.inf else f"{least} or more"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    if not config.full:
+    check_choice(config)
+    if not config.full and config.lora_rank:
         check_lora(config)
-    ds.read_overrides(config.deepspeed_config)
+    ds.check_engine(config)
+    check_trackers(_names(config.track))
 
 
-def _open_loader(config: TrainConfig, store: TokenStore, checkpoint: Checkpoint, rank: int, world: int):
-    """The loader of this rank, once store and checkpoint are known to belong together."""
+def _check_store(store: TokenStore, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """InputError if store and checkpoint do not belong together."""
     expected, found = TextTokenizer(checkpoint.tokenizer_path).sha256(), store.manifest.get("tokenizer_sha256")
     if found != expected:
-        raise InputError(f"{config.data}: built with tokenizer {found}, {config.ckpt} has {expected}")
+        raise InputError(f"{store.path}: built with tokenizer {found}, {config.ckpt} has {expected}")
     if store.layout.vocab_size > checkpoint.shape.vocab_size:
         raise InputError(
-            f"{config.data}: ids up to {store.layout.vocab_size - 1}, but {config.ckpt} has "
+            f"{store.path}: ids up to {store.layout.vocab_size - 1}, but {config.ckpt} has "
             f"{checkpoint.shape.vocab_size} embeddings"
         )
+
+
+def _open_loader(config: TrainConfig, store: TokenStore, rank: int, world: int, device: torch.device) -> PackedLoader:
+    """The loader of this rank."""
     fitting = store.lengths[store.lengths <= config.max_length]
     if config.too_long == "skip" and len(fitting) and fitting.max() > config.pack_length:
         row = int(np.flatnonzero(store.lengths == fitting.max())[0])
@@ -148,7 +200,20 @@ def _open_loader(config: TrainConfig, store: TokenStore, checkpoint: Checkpoint,
         too_long=config.too_long,
         labels=config.labels,
         ahead=PACKS_AHEAD,
+        pinned=device.type == "cuda",
     )
+
+
+def _open_validation(config: TrainConfig, checkpoint: Checkpoint, rank: int, world: int) -> Validation | None:
+    """The validation of a run, with packs and cuts as in training."""
+    if not config.validation:
+        if config.validate_every:
+            raise InputError(f"--validate-every {config.validate_every}: needs --validation, a token store")
+        return None
+    store = TokenStore(config.validation, verify=rank == 0)
+    _check_store(store, config, checkpoint)
+    options = {"max_length": config.max_length, "too_long": config.too_long, "labels": config.labels}
+    return Validation(store, PackedLoader(store, config.pack_length, world, 0, rank, world, **options))
 
 
 def _list_long_rows(loader: PackedLoader, folder: RunFolder) -> None:
@@ -168,7 +233,8 @@ def _list_long_rows(loader: PackedLoader, folder: RunFolder) -> None:
 def _settings(config: TrainConfig, dtype: torch.dtype, base: str) -> dict:
     """What the result depends on: flags, the bytes of the store, the weights of the base."""
     names = ["full", "epochs", "max_steps", "pack_length", "max_length", "too_long", "labels", "packs_per_step"]
-    names += ["lr", "warmup_ratio", "weight_decay", "clip", "seed", "zero"]
+    names += ["lr", "warmup_ratio", "weight_decay", "clip", "z_loss", "optimizer", "seed", "zero"]
+    names += ["freeze", "head", "embeddings"]
     if not config.full:
         names += ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]
     return {
@@ -178,21 +244,3 @@ def _settings(config: TrainConfig, dtype: torch.dtype, base: str) -> dict:
         "data": hash_file(Path(config.data) / MANIFEST_FILE),
         "ckpt": base,
     }
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does; signals can be set in the main thread only."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -32,7 +32,18 @@ ALLOWED = {
 }
 BASE = {"vocab", "config", "runtime"}
 # Imported in one place each, where they are used.
-SINGLE = {"flash_attn": 1, "deepspeed": 1, "nvidia": 1, "matplotlib": 1, "markdown_it": 1, "pydicom": 1}
+SINGLE = {
+    "flash_attn": 1,
+    "flash_attn_interface": 1,
+    "bitsandbytes": 1,
+    "deepspeed": 1,
+    "nvidia": 1,
+    "matplotlib": 1,
+    "markdown_it": 1,
+    "pydicom": 1,
+    "tensorboard": 1,
+    "wandb": 1,
+}
 
 
 def imports(path: Path):
@@ -70,7 +81,8 @@ def test_kernels_import_torch_and_triton_only(path):
 
 @pytest.mark.parametrize("library", SINGLE)
 def test_heavy_libraries_have_one_home(library):
-    homes = {p for p in PACKAGE.rglob("*.py") for name in imports(p) if name.split(".")[0] == library}
+    # At any place, for torch.utils.tensorboard.
+    homes = {p for p in PACKAGE.rglob("*.py") for name in imports(p) if library in name.split(".")}
     assert len(homes) <= SINGLE[library], sorted(homes)
 
 

@@ -19,7 +19,11 @@ from medmax_fast.vocab import TextTokenizer
 
 CASES = [("sdpa", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 if torch.cuda.is_available():
-    fused = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
+    fused = {
+        "flash_attn_3": "flash_attn_interface",
+        "flash_attn": "flash_attn",
+        "torch_varlen": "torch.nn.attention.varlen",
+    }
     names = ["sdpa", *(name for name, module in fused.items() if importlib.util.find_spec(module))]
     CASES += [("sdpa", "cuda", torch.float32)]
     CASES += [(name, "cuda", dtype) for name in names for dtype in (torch.bfloat16, torch.float16)]

@@ -430,6 +430,46 @@ def test_figures_are_readable_in_greyscale(tmp_path):
         assert len({series[k] for series in figures.SERIES}) == len(figures.SERIES)
 
 
+@pytest.mark.parametrize("count", [20, figures.MOST_POINTS, figures.MOST_POINTS + 1, 5000])
+def test_loss_curve_shows_every_series(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figure)
+    rng = np.random.default_rng()
+    losses = rng.random((count, 3)) + 1
+    names = ("loss", "text_loss", "image_loss")
+    metrics = [{"step": k + 1, **dict(zip(names, row.tolist(), strict=True))} for k, row in enumerate(losses)]
+    for row in metrics[1::3]:
+        row["image_loss"] = None
+    validation = [{"step": 0, "loss": 2.0, "text_loss": 1.0}, {"step": count, "loss": 1.5}, {"step": 7, "loss": None}]
+    (axes,) = figures.loss_curve(metrics, tmp_path / "loss.png", validation).axes
+    labels = ["all targets", "text targets", "image targets", "validation"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    raw = [line for line in axes.get_lines() if line.get_label() not in labels]
+    assert drawn["validation"].get_xydata().tolist() == [[0, 2.0], [count, 1.5]]
+    assert drawn["validation"].get_marker() != "None" and drawn["validation"].get_markevery() is None
+    long = count > figures.MOST_POINTS
+    assert len(raw) == (3 if long else 0)
+    for k, name in enumerate(names):
+        steps, values = zip(*[(row["step"], row[name]) for row in metrics if row[name] is not None], strict=True)
+        line = drawn[labels[k]]
+        assert line.get_xdata().tolist() == list(steps)
+        if long:
+            assert raw[k].get_xydata().tolist() == np.stack([steps, values], 1).tolist()
+            assert raw[k].get_alpha() < 0.5 and line.get_alpha() is None
+            assert np.std(line.get_ydata()) < np.std(values) / 2
+        else:
+            assert line.get_ydata().tolist() == list(values)
+    assert ("running mean" in axes.get_title()) == long
+
+
+@pytest.mark.parametrize(("count", "window"), [(1, 1), (1, 5), (4, 9), (40, 1), (40, 7), (700, 15)])
+def test_running_mean(count, window):
+    values = np.random.default_rng().normal(size=count)
+    half = window // 2
+    expected = [np.mean(values[max(k - half, 0) : k + half + 1]) for k in range(count)]
+    np.testing.assert_allclose(figures.running_mean(values.tolist(), window), expected, rtol=0, atol=1e-12)
+
+
 def test_every_figure_draws(tmp_path):
     metrics = [{"step": 1, "loss": 2.0, "text_loss": None, "image_loss": 1.0}, {"step": 2, "loss": 1.0}]
     bars = {"a": {"slake_closed": (0.5, *wilson(5, 10))}, "b": {"pmc_vqa_mcq": (1.0, *wilson(10, 10))}}
@@ -437,6 +477,8 @@ def test_every_figure_draws(tmp_path):
     picture = np.zeros((8, 8, 3), np.uint8)
     drawn = [
         figures.loss_curve(metrics, tmp_path / "loss.png"),
+        figures.loss_curve(metrics, tmp_path / "validated.png", [{"step": 2, "loss": 1.5, "text_loss": None}]),
+        figures.loss_curve(metrics * 400, tmp_path / "long.png"),
         figures.store_overview([3, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {8: 0.6}, tmp_path / "store.png", cut=25),
         figures.store_overview([999, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {}, tmp_path / "skewed.png", "note"),
         figures.store_overview([0], [0, 1], {2048: 0.0}, {8: 1.0}, tmp_path / "empty.png"),

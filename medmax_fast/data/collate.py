@@ -81,8 +81,8 @@ class PackedBatch:
         """The arrays as tensors on `device`, sharing memory on the CPU.
 
         input_ids, labels, position_ids, and loss_weights if there are any: [1, T]; cu_seqlens: int32 [n + 1];
-        max_seqlen: int. non_blocking: copies from pinned memory go on while this returns, and the arrays must not be
-        filled anew before they have ended.
+        max_seqlen, target_tokens: int. non_blocking: copies from pinned memory go on while this returns, and the arrays
+        must not be filled anew before they have ended.
         """
         import torch
 
@@ -90,7 +90,7 @@ class PackedBatch:
         tensors = {name: torch.from_numpy(getattr(self, name))[None] for name in names}
         tensors["cu_seqlens"] = torch.from_numpy(self.cu_seqlens)
         tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
-        return {**tensors, "max_seqlen": self.max_seqlen}
+        return {**tensors, "max_seqlen": self.max_seqlen, "target_tokens": self.target_tokens}
 
 
 @dataclass(frozen=True)

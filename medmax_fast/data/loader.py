@@ -49,7 +49,8 @@ class PackedLoader:
     of one optimizer step over all ranks. max_length: most ids of a row (0: as many as a pack holds); `too_long` says
     what happens to longer ones: `skip` leaves them out, `cut` cuts them (data.long_rows). `world` ranks share each
     step. labels: one of collate.LABEL_POLICIES. ahead: packs filled ahead by a thread; the arrays of a step are then
-    overwritten once the next step has been asked for (0: no thread, and every step has arrays of its own).
+    overwritten once the next step has been asked for (0: no thread, and every step has arrays of its own). pinned: the
+    thread fills page-locked memory, from which copies to a GPU do not block.
 
     `lengths`: int64 [N] ids of each row as trained, 0 if left out; `left_out`, `cut`: int64 row numbers.
 
@@ -68,6 +69,7 @@ class PackedLoader:
         too_long: str = "skip",
         labels: str = "first-eot",
         ahead: int = 0,
+        pinned: bool = False,
     ):
         assert 0 <= rank < world, (rank, world)
         if not 1 <= pack_length <= MAX_PACK_LENGTH:
@@ -86,6 +88,7 @@ class PackedLoader:
         self.too_long = too_long
         self.labels = labels
         self.ahead = ahead
+        self.pinned = pinned
         # A length of 0 keeps a row out of the plan.
         self.lengths = planned_lengths(store, self.limit, too_long)
         self.left_out = np.flatnonzero(self.lengths == 0)
@@ -134,9 +137,12 @@ class PackedLoader:
             return sum(batch.target_tokens for batch in batches if batch is not None)
         first = index * self.packs_per_step
         last = min(first + self.packs_per_step, len(plan))
-        rows = self._stored(plan.rows[plan.offsets[first] : plan.offsets[last]])
+        return int(self.target_counts(plan.rows[plan.offsets[first] : plan.offsets[last]]).sum())
+
+    def target_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Supervised ids, int64, of each of `rows` (int64 row numbers), as they are trained."""
         ids, eot = self.store.ids, self.store.layout.eot
-        return int(target_counts(ids, self._offsets, eot, rows=rows, labels=self.labels).sum())
+        return target_counts(ids, self._offsets, eot, rows=self._stored(rows), labels=self.labels)
 
     def _batches(self, plan: Plan, order: np.ndarray) -> Iterator[PackedBatch]:
         """The packs `order` of a plan; by a thread that ends with this generator, or one by one."""
@@ -147,7 +153,8 @@ class PackedLoader:
                 chosen = rows[plan.offsets[pack] : plan.offsets[pack + 1]]
                 yield replace(collate(*source, chosen, eot, labels=self.labels), rows=plan.pack(pack))
             return
-        options = {"labels": self.labels, "depth": self.ahead, "keep": self.packs_per_step // self.world}
+        keep = self.packs_per_step // self.world
+        options = {"labels": self.labels, "depth": self.ahead, "keep": keep, "pinned": self.pinned}
         with prefetch(*source, rows, plan.offsets, order, eot, capacity=self.pack_length, **options) as stream:
             for pack, batch in zip(order, stream, strict=True):
                 yield replace(batch, rows=plan.pack(pack))

@@ -49,16 +49,24 @@ def lora_targets(text: str) -> list[str]:
     return sorted(set(targets))
 
 
-def save_adapter(state: dict[str, torch.Tensor], folder: str | Path, config: TrainConfig, base_sha256: str) -> None:
+def save_adapter(
+    state: dict[str, torch.Tensor],
+    saved: dict[str, torch.Tensor],
+    folder: str | Path,
+    config: TrainConfig,
+    base_sha256: str,
+) -> None:
     """Write an adapter folder, atomically.
 
     state: lora weights under the names they have in the model (`model.layers.0...lora_A.default.weight`).
-    base_sha256: Checkpoint.sha256 of the base.
+    saved: whole weights that were trained beside them, by checkpoint name. base_sha256: Checkpoint.sha256 of the base.
     """
     peft_config = _peft_config(config)
     peft_config.base_model_name_or_path = config.ckpt
     peft_config.inference_mode = True
-    renamed = {f"base_model.model.{n.replace(f'.{_ADAPTER}.', '.')}": t.contiguous() for n, t in state.items()}
+    peft_config.modules_to_save = [name.removesuffix(".weight").rpartition(".")[2] for name in saved] or None
+    renamed = {n.replace(f".{_ADAPTER}.", "."): t for n, t in state.items()} | saved
+    renamed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in renamed.items()}
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         peft_config.save_pretrained(str(temporary))

@@ -3,8 +3,9 @@
 transformers calls `packed_attention` for every layer once `register()` has been called and the model was given
 `attn_implementation=NAME`. A packed batch is one row of T ids holding n sequences whose boundaries are `cu_seqlens`
 (int32 [n+1], starting at 0 and ending at T); no position attends across a boundary. Implementations, first that
-fits: flash_attn (fp16/bf16 on a GPU), torch.nn.attention.varlen (the same, built in), and scaled dot-product
-attention sequence by sequence (any dtype, any device).
+fits: FlashAttention 3 (fp16/bf16 on Hopper), flash_attn (fp16/bf16 on a GPU), torch.nn.attention.varlen (the same,
+built in), and scaled dot-product attention sequence by sequence (any dtype, any device; it reads the boundaries on the
+host, so on a GPU every layer waits for it).
 
 Shapes: T ids, H query heads, D head width, B batch rows.
 """
@@ -20,9 +21,14 @@ NAME = "medmax_varlen"
 
 
 def available(device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the implementation used for this device and dtype: flash_attn, torch_varlen or sdpa."""
+    """The implementation used for this device and dtype: flash_attn_3, flash_attn, torch_varlen or sdpa."""
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
+    if (
+        importlib.util.find_spec("flash_attn_interface") is not None
+        and torch.cuda.get_device_capability(device)[0] == 9
+    ):
+        return "flash_attn_3"
     if importlib.util.find_spec("flash_attn") is not None:
         return "flash_attn"
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
@@ -46,6 +52,14 @@ def varlen_attention(
     """
     if impl == "auto":
         impl = available(q_THD.device, q_THD.dtype)
+    if impl == "flash_attn_3":
+        from flash_attn_interface import flash_attn_varlen_func as flash_attn_3
+
+        arguments = (q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens)
+        options = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen, "softmax_scale": scale, "causal": True}
+        out = flash_attn_3(*arguments, **options)
+        # Early releases return the log-sum-exp as well.
+        return out[0] if isinstance(out, tuple) else out
     if impl == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 

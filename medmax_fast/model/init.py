@@ -5,6 +5,7 @@ looked at. The tokenizer is a byte-level BPE learned from the sentences below, o
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medmax_fast.config import InitConfig
+from medmax_fast.model.checkpoint import Checkpoint
 from medmax_fast.model.convert import write_checklist
 from medmax_fast.model.init_vqgan import colour_vqgan
 from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys
+from medmax_fast.model.load import load_model
 from medmax_fast.model.vqgan import VQConfig
 from medmax_fast.runtime import atomic_path, progress, require_new
 from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, PLACEHOLDER_NAMES, IdLayout, code_name
@@ -106,19 +109,56 @@ def random_weights(shape: ModelShape, dtype: torch.dtype, generator: torch.Gener
     makes it attend to its neighbourhood: otherwise a question of ten ids drowns in an image of 1,024. And the head's
     rows are long enough for a state that points at one of them to stand out among all ids.
     """
-    state: dict[str, torch.Tensor] = {}
-    embeddings, _, head = GLOBAL_KEYS
-    for key in progress(keys(shape.layers), "random weights"):
-        rows, columns = _rows_columns(key, shape)
-        if rows > 1:
-            std = EMBEDDING_STD if key == embeddings else columns**-0.5 * (HEAD_GAIN if key == head else 1.0)
-            value = torch.empty(rows, columns, dtype=dtype).normal_(0, std, generator=generator)
-        elif key.chameleon.endswith(".bias"):
-            value = torch.full((columns,), LOCALITY if key.chameleon.startswith("layers.0.") else 0.0, dtype=dtype)
-        else:
-            value = torch.ones(columns, dtype=dtype)
-        state[key.chameleon] = value
-    return state
+    table = progress(keys(shape.layers), "random weights")
+    return {key.chameleon: _random_tensor(key, shape, dtype, generator) for key in table}
+
+
+def _random_tensor(key: Key, shape: ModelShape, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """One tensor of random_weights, on the generator's device."""
+    rows, columns = _rows_columns(key, shape)
+    options = {"dtype": dtype, "device": generator.device}
+    if rows > 1:
+        embeddings, _, head = GLOBAL_KEYS
+        std = EMBEDDING_STD if key == embeddings else columns**-0.5 * (HEAD_GAIN if key == head else 1.0)
+        return torch.empty(rows, columns, **options).normal_(0, std, generator=generator)
+    if key.chameleon.endswith(".bias"):
+        return torch.full((columns,), LOCALITY if key.chameleon.startswith("layers.0.") else 0.0, **options)
+    return torch.ones(columns, **options)
+
+
+def random_model(size: str, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(model as load_model gives it, IdLayout): weights as random_weights, drawn on `device`, without a checkpoint.
+
+    size: as in InitConfig. The same seed draws other values on another kind of device, and than `init` does.
+    """
+    tokenizer = make_tokenizer(None if size == "tiny" else REAL_VOCAB)
+    layout = IdLayout.from_vocab(tokenizer["model"]["vocab"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(json.dumps(tokenizer))
+        generator = torch.Generator(device).manual_seed(seed)
+        checkpoint = _RandomCheckpoint(path, _shape(size, layout.vocab_size), dtype, generator)
+        return load_model(checkpoint, device, dtype), layout
+
+
+class _RandomCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are drawn as they are asked for; it has no VQGAN."""
+
+    layout = "random"
+    vq_config = TINY_VQ
+
+    def __init__(self, tokenizer_path: Path, shape: ModelShape, dtype: torch.dtype, generator: torch.Generator):
+        self.path = self.tokenizer_path = tokenizer_path
+        self.shape, self.params = shape, shape.to_params()
+        self._dtype, self._generator = dtype, generator
+        self._table = {key.hf: key for key in keys(shape.layers)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        # Rotary order does not matter here: rows are alike, and the biases of a norm are all the same.
+        value = _random_tensor(self._table[name], self.shape, self._dtype, self._generator)
+        if self._table[name].kind != "qk_norm":
+            return value
+        return value.expand(self.shape.heads if ".q_norm" in name else self.shape.kv_heads, -1)
 
 
 def make_tokenizer(vocab_size: int | None) -> dict:

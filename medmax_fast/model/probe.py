@@ -25,6 +25,7 @@ LENGTHS = (29, 35)
 # and fp32 may be TF32 inside. A row that sees its neighbour as its own past moves by about 140 %.
 TOLERANCE = {torch.float32: 0.03, torch.float16: 0.1, torch.bfloat16: 0.3}
 _INSTEAD = {
+    "flash_attn_3": "install another version of FlashAttention 3, or none: flash_attn or torch's own is used then",
     "flash_attn": "install another version of flash_attn, or none: torch's own attention is used then",
     "torch_varlen": "install flash_attn, or use --precision fp32, which attends to one sequence at a time",
     "sdpa": "install another version of torch",
@@ -79,7 +80,9 @@ def _logits(model: nn.Module, inner: nn.Module, sequences: list[torch.Tensor], d
     taken = []
 
     def take(head: nn.Module, given: tuple, _) -> None:
-        taken.append(F.linear(given[0], head.weight))
+        # A head of which some rows are trained has no weight but parts of it.
+        blocks = [head.weight] if hasattr(head, "weight") else [head.before, head.rows, head.after]
+        taken.append(torch.cat([F.linear(given[0], block) for block in blocks], 1))
 
     # Ahead of the hook by which ZeRO-3 puts the gathered weight away.
     hook = inner.lm_head.register_forward_hook(take, prepend=True)

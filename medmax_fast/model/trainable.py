@@ -1,103 +1,209 @@
-"""A loaded model made ready for training: the module that DeepSpeed wraps, and its weights by checkpoint names.
+"""A loaded model made ready for training: what is trained, the module that DeepSpeed wraps, weights by their names.
 
-Three things differ from the model as loaded. The head computes the loss in one module call, so that ZeRO-3 gathers
-its weight once per micro-batch on every rank, however many chunks of targets a rank has. A full fine-tuning holds
-each query/key norm as the one vector that all heads share, so that its gradient is the sum over heads and the result
-fits the Chameleon layout again by construction. And text and image targets are summed apart, for the log.
+Three things differ from the model as loaded. Its layers are fused (model.fused). The head computes the loss in one
+module call, so that ZeRO-3 gathers its weight once per micro-batch on every rank, however many chunks of targets a
+rank has. And text and image targets are summed apart, and losses by row, for the log.
+
+Head and embeddings can be trained in part: the rows of image codes, boi and eoi alone are what taught Chameleon to draw
+(Anole, arXiv 2407.06135). The trained rows are a parameter of their own, so no gradient and no optimizer state exists
+for the others.
 """
+
+import fnmatch
+import functools
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medmax_fast.model.loss import IGNORE, packed_hidden, target_losses
-from medmax_fast.runtime import log
+from medmax_fast.config import TrainConfig
+from medmax_fast.model.adapter import add_adapter
+from medmax_fast.model.fused import fuse, share_norms
+from medmax_fast.model.loss import packed_hidden, target_losses
+from medmax_fast.runtime import InputError, log
 from medmax_fast.vocab import IdLayout
 
 # What PackedModel adds in front of the names that transformers gives.
 PREFIX = "model."
+HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens"
+# The narrowest product that selective recomputation keeps; LoRA's are narrower and cost nothing to do again.
+KEPT_WIDTH = 512
 
 
 class LossHead(nn.Module):
-    """The output projection together with the cross-entropy; `weight` [vocabulary, dim] keeps its name."""
+    """The output projection together with the cross-entropy: `weight` [vocabulary, C], or `rows` of it trained alone.
 
-    def __init__(self, weight: nn.Parameter):
+    rows: half-open range of ids; the frozen rows before and behind them are parameters too, for ZeRO-3 to share out.
+    """
+
+    def __init__(self, weight: nn.Parameter, rows: tuple[int, int] | None = None, z_loss: float = 0.0):
         super().__init__()
-        self.weight = weight
+        self.z_loss = z_loss
+        if rows is None:
+            self.weight = weight
+            return
+        parts = weight.detach().tensor_split(rows)
+        self.before, self.after = (nn.Parameter(parts[i], requires_grad=False) for i in (0, 2))
+        self.rows = nn.Parameter(parts[1].clone())
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As loss.target_losses: (losses fp32 [S], target ids int64 [S])."""
-        return target_losses(hidden, labels, lambda rows: F.linear(rows, self.weight))
+    def forward(self, hidden_TC: torch.Tensor, batch: dict) -> tuple[torch.Tensor, ...]:
+        """As loss.target_losses, of a packed batch."""
+        blocks = [self.weight] if hasattr(self, "weight") else [self.before, self.rows, self.after]
+        weights = batch.get("loss_weights")
+        weights = None if weights is None else weights[0]
+        count = batch.get("target_tokens")
+        return target_losses(hidden_TC, batch["labels"][0], blocks, weights, self.z_loss, count)
 
 
-class SharedNorm(nn.Module):
-    """A query or key norm with one weight and bias vector [head_dim] for all heads."""
+class RowEmbedding(nn.Module):
+    """Input embeddings [vocabulary, C] of which only a half-open range of `rows` is trained."""
 
-    def __init__(self, norm: nn.LayerNorm):
+    def __init__(self, weight: nn.Parameter, rows: tuple[int, int]):
         super().__init__()
-        self.weight = nn.Parameter(norm.weight.detach()[0].clone())
-        self.bias = nn.Parameter(norm.bias.detach()[0].clone())
-        self.eps = norm.eps
+        self.first, self.end = rows
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.rows = nn.Parameter(weight.detach()[self.first : self.end].clone())
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        # Scaled after the norm and not inside it: rounds in 16 bit as inference does.
-        return F.layer_norm(states, states.shape[-1:], eps=self.eps) * self.weight + self.bias
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        trained = (ids >= self.first) & (ids < self.end)
+        rows = F.embedding((ids - self.first).clamp(0, self.end - self.first - 1), self.rows)
+        return torch.where(trained[..., None], rows, F.embedding(ids, self.weight))
 
 
 class PackedModel(nn.Module):
     """Packed batch in, summed loss out.
 
-    forward(batch) returns (loss, parts): loss is the summed cross-entropy in nats, an fp32 scalar with gradient;
-    parts is fp64 [4] without: loss of text targets, loss of image targets, number of each. Image targets are the
-    image codes; boi and eoi count as text.
+    forward(batch) returns (loss, parts, row_losses). loss: summed cross-entropy in nats (weighted, and with the z-loss,
+    if there are any), an fp32 scalar with gradient. parts: fp64 [4] without: unweighted loss of text targets, of image
+    targets, number of each; image targets are the image codes, boi and eoi count as text. row_losses: fp64 [n], the
+    unweighted losses summed by row of the pack.
     """
 
     def __init__(self, model: nn.Module, layout: IdLayout):
         super().__init__()
-        model.lm_head = LossHead(model.lm_head.weight)
+        if not isinstance(model.lm_head, LossHead):
+            model.lm_head = LossHead(model.lm_head.weight)
         self.model = model
         self._images = layout.image_start, layout.image_end
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, targets = self.model.lm_head(packed_hidden(self.model, batch), batch["labels"][0])
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        total, losses, targets, positions = self.model.lm_head(packed_hidden(self.model, batch), batch)
+        losses = losses.double()
         image = (targets >= self._images[0]) & (targets < self._images[1])
-        detached = losses.detach().double()
-        zero = detached.new_zeros(())
-        sums = [torch.where(image, zero, detached).sum(), torch.where(image, detached, zero).sum()]
-        return losses.sum(), torch.stack([*sums, (~image).sum().double(), image.sum().double()])
+        zero = losses.new_zeros(())
+        sums = [torch.where(image, zero, losses).sum(), torch.where(image, losses, zero).sum()]
+        ends = batch["cu_seqlens"][1:]
+        row = torch.bucketize(positions.to(ends.dtype), ends, right=True)
+        row_losses = losses.new_zeros(len(ends)).index_add(0, row, losses)
+        return total, torch.stack([*sums, (~image).sum().double(), image.sum().double()]), row_losses
 
 
-def share_norms(model: nn.Module) -> int:
-    """Replace every query/key norm whose heads are equal by a SharedNorm; returns how many were left as they are."""
-    apart = 0
-    for layer in model.model.layers:
-        for name in ("q_norm", "k_norm"):
-            norm = getattr(layer.self_attn, name)
-            if all(torch.equal(p, p[:1].expand_as(p)) for p in (norm.weight, norm.bias)):
-                setattr(layer.self_attn, name, SharedNorm(norm))
-            else:
-                apart += 1
-    if apart:
-        log(f"{apart} query/key norms of the base differ between heads and stay so: the result fits the hf layout only")
-    return apart
+def prepare(model: nn.Module, config: TrainConfig, layout: IdLayout) -> PackedModel:
+    """A model as loaded, made into what `config` trains: fused, its weights frozen or not, in training mode.
+
+    InputError if nothing is left to train.
+    """
+    fuse(model)
+    if config.full:
+        if apart := share_norms(model):
+            log(f"{apart} query/key norms of the base differ between heads and stay so: the result fits hf only")
+        _freeze(model, config.freeze)
+    elif config.lora_rank:
+        add_adapter(model, config)
+    else:
+        model.requires_grad_(False)
+    ranges = {"none": None, "image": (layout.image_start, layout.boi + 1), "all": (0, None)}
+    _train_head(model, ranges[config.head], config.z_loss)
+    _train_embeddings(model, ranges[config.embeddings])
+    if config.recompute != "none":
+        recompute_activations(model, config.recompute == "selective")
+    return PackedModel(model, layout).train()
 
 
-def recompute_activations(model: nn.Module) -> None:
-    """Keep each layer's input only, and run the layer again in the backward pass (less memory, a third more time)."""
+def check_choice(config: TrainConfig) -> None:
+    """InputError for flags on what is trained that do not go together."""
+    if config.full and (config.head, config.embeddings) != ("none", "none"):
+        name = "head" if config.head != "none" else "embeddings"
+        raise InputError(f"--{name} {getattr(config, name)}: --full trains all of it; use --freeze to keep weights")
+    if config.freeze and not config.full:
+        raise InputError(f"--freeze {config.freeze}: only with --full; an adapter leaves all weights as they are")
+    if not config.full and not config.lora_rank and (config.head, config.embeddings) == ("none", "none"):
+        raise InputError("--lora-rank 0: nothing to train; expected a rank, or --head or --embeddings")
+
+
+def _freeze(model: nn.Module, patterns: str) -> None:
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        matching = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise InputError(f"--freeze {pattern}: no weight has such a name, which are like {next(_names(model))}")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"--freeze {patterns}: nothing is left to train")
+
+
+def _names(model: nn.Module):
+    return (name for name, _ in model.named_parameters() if ".layers." in name)
+
+
+def _train_head(model: nn.Module, rows: tuple[int, int | None] | None, z_loss: float) -> None:
+    weight = model.lm_head.weight
+    if rows == (0, None):
+        weight.requires_grad_(True)
+    model.lm_head = LossHead(weight, rows if rows and rows[1] else None, z_loss)
+
+
+def _train_embeddings(model: nn.Module, rows: tuple[int, int | None] | None) -> None:
+    table = model.model.embed_tokens
+    if rows == (0, None):
+        table.weight.requires_grad_(True)
+    elif rows:
+        model.model.embed_tokens = RowEmbedding(table.weight, rows)
+
+
+def recompute_activations(model: nn.Module, selective: bool = False) -> None:
+    """Compute activations again in the backward pass instead of keeping them.
+
+    Each layer keeps its input only (a third more time); `selective` keeps the results of wide matrix products and of
+    attention as well, so that norms, rotations, SwiGLU, dropout and the adapter's narrow products are done again.
+    """
+    options = {"use_reentrant": False}
+    if selective:
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
     # The name before transformers 5.2x is the second one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable(options)
 
 
-def trained_tensor(state: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
-    """The trained weight of a checkpoint tensor, in its shape: norms shared by heads are repeated per head.
+def _keep(_, operation, *arguments, **__):
+    from torch.utils.checkpoint import CheckpointPolicy
 
-    state: weights of a PackedModel by its own names; name, like: a checkpoint tensor in Hugging Face names.
+    name = operation.name()
+    attention = "attention" in name or "attn" in name or "flash" in name
+    product = name in ("aten::mm", "aten::addmm", "aten::bmm")
+    if attention or (product and min(arguments[-1].shape[-2:]) >= KEPT_WIDTH):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def trained_tensor(state: dict[str, torch.Tensor], name: str, like: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """A checkpoint tensor after training, in its own shape; `like` itself where nothing of it was trained.
+
+    state: trained weights of a PackedModel by its own names; name, like: a checkpoint tensor in Hugging Face names.
+    first: the first id of `rows` trained alone. Norms shared by heads are repeated per head.
     """
-    tensor = state[PREFIX + name]
-    if tensor.shape != like.shape:
-        tensor = tensor.expand_as(like).contiguous()
-    return tensor
+    module = PREFIX + name.removesuffix(".weight")
+    if f"{module}.rows" in state:
+        rows = state[f"{module}.rows"]
+        whole = like.to(rows.dtype, copy=True)
+        whole[first : first + len(rows)] = rows
+        return whole
+    tensor = state.get(PREFIX + name)
+    if tensor is None:
+        return like
+    return tensor if tensor.shape == like.shape else tensor.expand_as(like).contiguous()
 
 
 def empty_batch(device) -> dict:
@@ -106,8 +212,9 @@ def empty_batch(device) -> dict:
     bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
     return {
         "input_ids": ids,
-        "labels": torch.full_like(ids, IGNORE),
+        "labels": torch.full_like(ids, -100),
         "position_ids": ids,
         "cu_seqlens": bounds,
         "max_seqlen": 1,
+        "target_tokens": 0,
     }

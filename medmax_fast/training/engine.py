@@ -5,21 +5,23 @@ minute; torch's collectives and torch's AdamW are used instead. Its load_checkpo
 to torch's weights-only reader.
 """
 
+import argparse
 import contextlib
 import logging
 import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.runtime import InputError, log, rank_and_world, read_json
+from medmax_fast.training.processes import barrier
 
 # What the trainer itself decides; an override would make the loss or the order of rows wrong without a word.
 _OURS = (
@@ -64,34 +66,6 @@ def start_processes(device: torch.device, dtype: torch.dtype) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
-
-
-def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all ranks."""
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(values)
-    return values
-
-
-def on_first_rank(function: Callable[[], Any]) -> Any:
-    """What `function()` returns on rank 0, on every rank; its InputError is raised on every rank."""
-    box = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box[0] = function()
-        except InputError as error:
-            box[1] = str(error)
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise InputError(box[1])
-    return box[0]
-
-
 def deepspeed_config(config: TrainConfig, device: torch.device, dtype: torch.dtype, world: int) -> dict:
     """The DeepSpeed configuration of a run: built from `config`, then overridden by its --deepspeed-config file."""
     stage = config.zero
@@ -99,19 +73,46 @@ def deepspeed_config(config: TrainConfig, device: torch.device, dtype: torch.dty
         # Stage 0 would update the 16-bit weights themselves, and small updates would round to nothing.
         log("--zero 0 keeps no fp32 weights for 16-bit training in DeepSpeed; stage 1 is used")
         stage = 1
+    zero = {"stage": stage, "overlap_comm": device.type == "cuda", "reduce_bucket_size": config.bucket_size}
+    if stage in (1, 2):
+        zero["allgather_bucket_size"] = config.bucket_size
+    if config.offload != "none":
+        to_cpu = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        zero |= {"offload_optimizer": to_cpu} | ({"offload_param": to_cpu} if config.offload == "all" else {})
     built = {
         "train_batch_size": config.packs_per_step,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.packs_per_step // world,
         # Without a limit the norm is still wanted for the log.
         "gradient_clipping": config.clip or 1e30,
-        "zero_optimization": {"stage": stage, "overlap_comm": device.type == "cuda"},
+        "zero_optimization": zero,
+        # torch's AdamW serves on both sides; DeepSpeed's own for the CPU would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": config.optimizer != "adamw",
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**62,
     }
     return _merge(built, read_overrides(config.deepspeed_config))
+
+
+def check_engine(config: TrainConfig) -> None:
+    """InputError for flags that DeepSpeed could not work with, or a library that is missing."""
+    read_overrides(config.deepspeed_config)
+    least = {"none": 0, "optimizer": 1, "all": 3}[config.offload]
+    if config.zero < least:
+        raise InputError(
+            f"--offload {config.offload}: needs --zero {least}{' or more' * (least < 3)}, not {config.zero}"
+        )
+    if config.optimizer == "adamw8bit":
+        if config.offload != "none":
+            raise InputError(f"--optimizer adamw8bit: --offload {config.offload} keeps the state in 32 bits on the CPU")
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            reason = f"--optimizer adamw8bit needs bitsandbytes ({error})"
+            raise InputError(f"{reason}: pip install 'medmax_fast[8bit]'") from error
 
 
 def read_overrides(path: str) -> dict:
@@ -137,36 +138,84 @@ def _merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: int):
-    """The DeepSpeed engine of `model` with torch's AdamW over what is trainable; InputError for a bad override."""
+def build_engine(
+    model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: int, universal: bool = False
+):
+    """The DeepSpeed engine of `model` with AdamW over what is trainable; InputError for a bad override.
+
+    universal: it is to load what `to_universal` has written.
+    """
     import deepspeed
 
     weights = [p for p in model.parameters() if p.requires_grad]
     settings = deepspeed_config(config, device, dtype, world)
-    fused = {"fused": True} if device.type == "cuda" else {}
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay, **fused)
+    if universal:
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+    optimizer = _optimizer(weights, config)
     try:
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
     except (ValueError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
         if not config.deepspeed_config:
             raise
         raise InputError(f"{config.deepspeed_config}: {' '.join(str(error).split())}") from error
+    if config.zero == 3 and config.recompute == "selective":
+        _hide_gathering(engine.optimizer.parameter_offload)
+    return engine
 
 
-def optimizer_step(engine, want_norm: bool) -> float | None:
-    """Finish the last micro-batch of a step; the norm of all gradients before clipping if asked for.
+def _hide_gathering(hooks) -> None:
+    """Keep ZeRO-3's gathering of weights out of sight of selective recomputation.
 
-    None also where fp16 gradients overflowed, in which case DeepSpeed leaves the step out and lowers its loss scale.
+    torch takes whatever a layer does when it is computed again for one of the operations of its forward pass, in which
+    other weights had to be gathered.
     """
-    norm = None
-    plain = engine.zero_optimization_stage() == 0
-    if want_norm and plain:
-        norms = [p.grad.norm() for p in engine.module.parameters() if p.grad is not None]
+
+    def hidden(function):
+        def without_modes(module):
+            with _disable_current_modes():
+                function(module)
+
+        return without_modes
+
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(hooks, name, hidden(getattr(hooks, name)))
+
+
+def _optimizer(weights: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(weights, **options)
+    return torch.optim.AdamW(weights, fused=True, **options)
+
+
+def optimizer_step(engine) -> tuple[torch.Tensor | float | None, bool]:
+    """Finish the last micro-batch of a step: the norm of all gradients before clipping, and whether all were finite.
+
+    An update that is not finite has been left out; its norm is None or not finite. A norm may still be on the device.
+    """
+    if engine.zero_optimization_stage() == 0:
+        # Added up in fp64: on a CPU the fp32 norm of a million numbers is off by more than one in a million.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        if not math.isfinite(norm):
+            return norm, False
+        engine.step()
+        return norm, True
     engine.step()
-    if want_norm and not plain:
-        norm = float(engine.get_global_grad_norm())
-    return norm if norm is not None and math.isfinite(norm) else None
+    norm = engine.get_global_grad_norm()
+    overflow = getattr(engine.optimizer, "overflow", None)
+    if overflow is None:
+        overflow = not math.isfinite(float(norm))
+    return norm, not overflow
+
+
+def may_skip(engine) -> bool:
+    """Whether an overflow is fp16's ordinary search for a loss scale, with smaller ones left to try."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return engine.fp16_enabled() and scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
 
 def trained_state(engine, every: bool = False) -> dict[str, torch.Tensor]:
@@ -208,6 +257,20 @@ def load_engine(engine, folder: Path, adapter_only: bool) -> None:
         raise InputError(f"{folder}: cannot be read; delete it to use the one before ({reason})") from error
     if found is None:
         raise InputError(f"{folder}: no DeepSpeed state of this rank; delete the folder to use the one before")
+
+
+def to_universal(folder: Path, target: Path) -> None:
+    """Rewrite what save_engine has saved, on any number of ranks, as DeepSpeed's universal checkpoint at `target`.
+
+    That holds each weight and its optimizer state whole, for another number of ranks to take their shares of.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    # Threads and processes would be for hundreds of gigabytes; workers of their own would unpickle freely.
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    options |= {"inject_missing_state": True, "input_folder": str(folder / _TAG), "output_folder": str(target / _TAG)}
+    with _weights_only():
+        ds_to_universal.main(argparse.Namespace(**options))
 
 
 @contextlib.contextmanager

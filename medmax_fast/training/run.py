@@ -5,27 +5,36 @@ their number, which every rank knows before the step starts, so the gradient doe
 or shared out, and no rank waits for another's count. Dropout draws from (seed, step, pack), so it does not depend on
 the ranks either and nothing of it needs to be stored: a step is a function of the weights, the optimizer state and
 its number, which is why a resumed run repeats an uninterrupted one bit for bit.
+
+Between two logged steps nothing here waits for the device: losses stay there, counts come with the packs. DeepSpeed
+itself reads whether the gradients were finite, and their norm, once per optimizer step.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.loader import PackedLoader, Step
-from medmax_fast.model.adapter import save_adapter
 from medmax_fast.model.checkpoint import Checkpoint
-from medmax_fast.model.convert import write_checkpoint
-from medmax_fast.model.trainable import PREFIX, empty_batch, trained_tensor
-from medmax_fast.runtime import InputError, log, progress, write_json
+from medmax_fast.runtime import InputError, Progress, log, write_json
 from medmax_fast.training import engine as ds
 from medmax_fast.training.folder import RunFolder
+from medmax_fast.training.health import Health, StepRows
+from medmax_fast.training.processes import StopRequest, barrier, gather, on_first_rank, total
+from medmax_fast.training.schedule import learning_rate, planned_steps
+from medmax_fast.training.speed import flops_per_token, mfu, peak_flops, peak_memory_gib
+from medmax_fast.training.trackers import Trackers
+from medmax_fast.training.upload import Uploader
+from medmax_fast.training.validation import Validation
 
 
 @dataclass
@@ -36,24 +45,22 @@ class Run:
     engine: object
     loader: PackedLoader
     folder: RunFolder
+    checkpoint: Checkpoint
     device: torch.device
     last: int
+    validation: Validation | None = None
     done: int = 0
     resumed_from: int = 0
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def first_rank(self) -> bool:
         return self.loader.rank == 0
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one."""
-        newest = ds.on_first_rank(self.folder.newest_checkpoint)
+    def resume(self, newest: tuple[Path, dict] | None) -> None:
+        """Continue from a checkpoint, which RunFolder.newest has found, if there is one."""
         if newest:
             path, state = newest
-            if state["world"] != self.loader.world:
-                raise InputError(
-                    f"{path}: made by {state['world']} ranks, now {self.loader.world}; use the same number to continue"
-                )
             ds.load_engine(self.engine, path, not self.config.full)
             self.done = self.resumed_from = state["step"]
             epoch, step = self.loader.restore(state.get("data", {}))
@@ -63,150 +70,157 @@ class Run:
             if self.first_rank:
                 log(f"continuing after step {self.done} of {self.last}")
         if self.first_rank:
-            self.folder.rewind(self.done)
+            self.folder.rewind(self.done, self.config.keep)
 
-    def steps(self) -> None:
-        """Run the steps that are left, logging and saving as configured."""
-        steps = planned_steps(self.loader, self.last, self.done)
-        if self.first_rank:
-            steps = progress(steps, "train", self.last - self.done)
-        started, since = time.monotonic(), torch.zeros(2, dtype=torch.float64)
-        for number, epoch, step in steps:
-            tokens = sum(len(batch.input_ids) for batch in step.batches if batch is not None)
-            since += torch.tensor([1, tokens])
-            want = number % self.config.log_every == 0 or number == self.last
-            if step.target_tokens:
-                record = self.step(number, step, want)
-                if want:
-                    now = time.monotonic()
-                    self._log({"step": number, "epoch": epoch, **record}, tokens, since, now - started)
-                    started, since = now, torch.zeros_like(since)
-            self.done = number
-            if number == self.last or (self.config.save_every and number % self.config.save_every == 0):
-                self.save(self.loader.state(epoch, step.index + 1))
+    def steps(self, stop: StopRequest) -> None:
+        """Run the steps that are left, logging, validating and saving as configured.
 
-    def step(self, number: int, step: Step, want_record: bool) -> dict | None:
-        """One optimizer step; its losses over all ranks, learning rate and gradient norm if wanted."""
+        KeyboardInterrupt once a step is finished and saved after a rank was asked to stop.
+        """
+        records = on_first_rank(self.folder.records)
+        keys = self.loader.store.keys.__getitem__
+        health = Health(records, keys, self.loader.target_counts, gather, self._record_stop)
+        upload, clock, loss = Uploader(self.device), Clock(), math.nan
+        with Progress("train", self.last, self.done) if self.first_rank else contextlib.nullcontext() as bar:
+            for number, epoch, step in planned_steps(self.loader, self.last, self.done):
+                clock.count(step)
+                log_due = number % self.config.log_every == 0 or number == self.last
+                record = self.step(number, step, upload(step), log_due, health) if step.target_tokens else None
+                if record:
+                    loss = record["loss"]
+                    self._log({"step": number, "epoch": epoch, **record}, step, clock)
+                self.done = number
+                with clock.paused():
+                    self._validate(number)
+                    stopping = stop.agreed()
+                    due = self.config.save_every and number % self.config.save_every == 0
+                    if due or stopping or number == self.last:
+                        self.save(self.loader.state(epoch, step.index + 1))
+                if stopping and number < self.last:
+                    raise KeyboardInterrupt
+                if bar:
+                    bar.update(number, lambda loss=loss: f"loss {loss:.4g}")
+
+    def step(self, number: int, step: Step, batches: list[dict], log_due: bool, health: Health) -> dict | None:
+        """One optimizer step; its losses over all ranks, learning rate and gradient norm if it is to be logged."""
         rate = learning_rate(number, self.last, self.config.lr, self.config.warmup_ratio)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         # DeepSpeed averages over ranks; it is told not to divide by the micro-batches.
         scale = self.loader.world / step.target_tokens
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        norm = None
-        for micro, batch in enumerate(step.batches):
+        by_row = []
+        for micro, batch in enumerate(batches):
             _seed_pack(self.config.seed, number, step.places[micro])
-            loss, parts = self.engine(empty_batch(self.device) if batch is None else batch.to_torch(self.device))
+            loss, parts, row_losses = self.engine(batch)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             sums += parts
-            if micro + 1 < len(step.batches):
+            if step.batches[micro] is not None:
+                by_row.append(row_losses)
+            if micro + 1 < len(batches):
                 self.engine.step()
-            else:
-                norm = ds.optimizer_step(self.engine, want_record)
-        if not want_record:
+        norm, finite = ds.optimizer_step(self.engine)
+        if finite and not log_due:
             return None
-        text, image, texts, images = ds.total(sums).tolist()
+        text, image, texts, images = total(sums).tolist()
+        loss = (text + image) / step.target_tokens
+        rows = _rows_of(number, step, by_row)
+        if not finite and not (math.isfinite(loss) and ds.may_skip(self.engine)):
+            health.stop(rows, f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite")
+        if not log_due:
+            return None
         assert texts + images == step.target_tokens, (texts, images, step.target_tokens)
-        if not math.isfinite(text + image):
-            raise InputError(f"step {number}: the loss is {text + image}; lower --lr or use --precision bf16 or fp32")
-        return {
-            "loss": (text + image) / step.target_tokens,
+        record = {
+            "loss": loss,
             "text_loss": text / texts if texts else None,
             "image_loss": image / images if images else None,
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": float(norm) if finite else None,
             "target_tokens": step.target_tokens,
         }
+        health.logged(rows, record)
+        return record
 
-    def _log(self, record: dict, tokens: int, since: torch.Tensor, seconds: float) -> None:
-        steps = since[0].item()
-        counts = torch.tensor([tokens, since[1]], dtype=torch.float64, device=self.device)
-        all_tokens, all_since = ds.total(counts).tolist()
-        record |= {"tokens": int(all_tokens), "seconds": seconds / steps, "tokens_per_second": all_since / seconds}
+    def _log(self, record: dict, step: Step, clock: "Clock") -> None:
+        seconds, steps, tokens, targets = clock.lap()
+        counts = torch.tensor([_ids(step), tokens], dtype=torch.float64, device=self.device)
+        all_tokens, all_since = total(counts).tolist()
+        rate, memory = all_since / seconds, max(gather(peak_memory_gib(self.device)))
+        dtype = next(self.engine.module.parameters()).dtype
+        flops = flops_per_token(self.checkpoint.shape, self.config.full)
+        record |= {
+            "tokens": int(all_tokens),
+            "seconds": seconds / steps,
+            "tokens_per_second": rate,
+            "target_tokens_per_second": targets / seconds,
+            "mfu": mfu(rate, flops, peak_flops(self.device, dtype), self.loader.world),
+            "memory_gib": memory,
+        }
         if self.first_rank:
-            self.folder.append(record)
+            self.folder.append(self.folder.metrics, record)
+            self.trackers.log(record["step"], {"train": record})
+
+    def _validate(self, number: int) -> None:
+        every = self.config.validate_every
+        if self.validation is None or not (number == self.last or (every and number % every == 0)):
+            return
+        record = {"step": number, **self.validation.measure(self.engine, self.device)}
+        if self.first_rank:
+            self.folder.append(self.folder.validation, record)
+            self.trackers.log(number, {"validation": record})
+            log(f"step {number}: validation loss {record['loss']:.4f}")
+
+    def _record_stop(self, found: dict) -> None:
+        if self.first_rank:
+            write_json(self.folder.stopped, found)
 
     def save(self, position: dict) -> None:
         """Write and publish a checkpoint after the steps done; `position` is the loader's state."""
         if self.first_rank:
             self.folder.open_checkpoint(self.done)
-        ds.barrier()
+        barrier()
         ds.save_engine(self.engine, self.folder.temporary_checkpoint(self.done), not self.config.full)
         if self.first_rank:
-            self.folder.publish(self.done, {"data": position, "world": self.loader.world})
-        ds.barrier()
-
-    def finish(self, checkpoint: Checkpoint, base: str) -> dict:
-        """Write the adapter or the model, the loss curve and the summary; `base` is the checkpoint's sha256."""
-        state = ds.trained_state(self.engine)
-        result = self.folder.path / ("model" if self.config.full else "adapter")
-
-        def write() -> dict:
-            # Complete if there: an earlier run was stopped right after writing it.
-            if not result.exists() and self.config.full:
-                write_checkpoint(
-                    checkpoint, result, checkpoint.layout, lambda name, like: trained_tensor(state, name, like)
-                )
-            elif not result.exists():
-                weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-                save_adapter(weights, result, self.config, base)
-            return self._summary(result)
-
-        return ds.on_first_rank(write)
-
-    def _summary(self, result: Path) -> dict:
-        from medmax_fast.figures import loss_curve
-
-        records = self.folder.records()
-        loss_curve(records, self.folder.curve)
-        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
-        summary = {
-            "output": str(self.folder.path),
-            result.name: str(result),
-            "steps": self.done,
-            "resumed_from": self.resumed_from,
-            "rows_left_out": len(self.loader.left_out),
-            "rows_cut": len(self.loader.cut),
-            "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
-            "first_loss": records[0]["loss"] if records else None,
-            "loss": records[-1]["loss"] if records else None,
-            "text_loss": records[-1]["text_loss"] if records else None,
-            "image_loss": records[-1]["image_loss"] if records else None,
-            "tokens_per_second": records[-1]["tokens_per_second"] if records else None,
-            "already_finished": False,
-        }
-        write_json(self.folder.result, summary)
-        return summary
+            self.folder.publish(self.done, {"data": position, "world": self.loader.world}, self.config.keep)
+        barrier()
 
 
-def planned_total(loader: PackedLoader, config: TrainConfig) -> int:
-    """Optimizer steps of the whole run."""
-    total = sum(loader.steps_per_epoch(epoch) for epoch in range(config.epochs))
-    return min(total, config.max_steps) if config.max_steps else total
+class Clock:
+    """Seconds, steps and ids of this rank since the last lap; the time of a `paused` context does not count."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._steps, self._ids, self._targets = time.monotonic(), 0, 0, 0
+
+    def count(self, step: Step) -> None:
+        self._steps += 1
+        self._ids += _ids(step)
+        self._targets += step.target_tokens
+
+    def lap(self) -> tuple[float, int, int, int]:
+        """(seconds, steps, ids of this rank, supervised ids of all ranks) since the last one, and start anew."""
+        found = time.monotonic() - self._start, self._steps, self._ids, self._targets
+        self._restart()
+        return found
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._start += time.monotonic() - began
 
 
-def planned_steps(loader: PackedLoader, last: int, done: int) -> Iterator[tuple[int, int, Step]]:
-    """(number, epoch, step) of what is left after `done` steps; numbers count from 1 over all epochs."""
-    first = epoch = 0
-    while first < last:
-        count = loader.steps_per_epoch(epoch)
-        if done < first + count:
-            for step in loader.epoch_steps(epoch, max(done - first, 0)):
-                number = first + step.index + 1
-                if number > last:
-                    return
-                yield number, epoch, step
-        first += count
-        epoch += 1
+def _ids(step: Step) -> int:
+    return sum(len(batch.input_ids) for batch in step.batches if batch is not None)
 
 
-def learning_rate(number: int, last: int, peak: float, warmup_ratio: float) -> float:
-    """Rate of step `number` (1..last): a linear rise, then half a cosine; no step of either has a rate of zero."""
-    warmup = math.ceil(last * warmup_ratio)
-    before = number - 1
-    if before < warmup:
-        return peak * number / (warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (before - warmup) / (last - warmup)))
+def _rows_of(number: int, step: Step, losses: list[torch.Tensor]) -> StepRows:
+    rows = [batch.rows for batch in step.batches if batch is not None]
+    if not rows:
+        return StepRows(number, np.zeros(0, np.int64), torch.zeros(0, dtype=torch.float64))
+    return StepRows(number, np.concatenate(rows), torch.cat(losses))
 
 
 def _seed_pack(seed: int, number: int, pack: int) -> None:

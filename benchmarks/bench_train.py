@@ -1,0 +1,196 @@
+"""One optimizer step of LoRA fine-tuning as a waterfall: every row adds one technique to the row named by `on`.
+
+    PYTHONPATH=. python -m benchmarks.bench_train [--size tiny|7b] [--quick] [--pack-length N] [--output FILE.json]
+
+The first row is the shape of the published training: one padded row of data at a time, stock transformers, logits of
+every id in fp32. All rows of a run train the same weights on the same data (train_parts.py): AdamW and clipping run,
+with a learning rate of 0. Each must give the loss and the gradient of the first one, which stand beside its speed; none
+is printed otherwise. Weights are random, and the adapter's B is not zero, so that A has a gradient.
+
+Where the first row differs from the published one: the id mask of image codes is left out, which would make the loss
+of image targets infinite; the loss is divided by the targets of the step and not of each batch, or batches could not be
+compared; dropout is 0 and no cache of keys is built. In 16 bits adapters are too, as under DeepSpeed.
+
+tokens_per_s counts real ids, padding does not count. mfu: medmax_fast/training/speed.py. floor_share: the time of the
+products alone, the head on supervised ids only, at the rate of one large product measured in the same run, over the
+time taken. memory_gib: most held during a step, in tensors on a GPU, resident in the whole process on a CPU. A row that
+does not fit the GPU says so in `note`.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_train_kernels import product_rate
+from benchmarks.harness import report, timed
+from benchmarks.train_parts import Model, Row, engine_step, make_batches, make_rows, torch_step
+from medmax_fast.model.attention import available
+from medmax_fast.runtime import pick_device, pick_dtype
+from medmax_fast.training import engine as ds
+from medmax_fast.training.speed import flops_per_token, mfu, peak_flops, peak_memory_gib
+
+LONG_PACK = 16384
+# Largest difference of loss and gradient from the first row, relative. Gradients of 32 random layers in bf16 are
+# rounding of activations to a large part; a part of the model left out, or of another sign, moves them by their size.
+LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+GRADIENT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+def waterfall(gpu: bool, liger: bool, long_packs: bool) -> list[Row]:
+    first = Row("published: padded batch of 1")
+    head = first.then("head on targets only", all_logits=False)
+    packed = head.then("packed", batches="packed")
+    norm = packed.then("fused RMSNorm", norm="ours")
+    mlp = norm.then("fused SwiGLU", mlp="ours")
+    all_fused = mlp.then("fused qk-norm and RoPE", attention="ours")
+    rows = [first, first.then("padded batch of 8", batches="padded 8"), head, packed, norm, mlp, all_fused]
+    if liger:
+        rows.append(all_fused.then("liger's RMSNorm instead", norm="liger"))
+        rows.append(all_fused.then("liger's SwiGLU instead", mlp="liger"))
+    if gpu:
+        rows.append(packed.then("packed, compiled layers", compiled=True))
+        rows.append(all_fused.then("fused, compiled layers", compiled=True))
+    last = all_fused.then("DeepSpeed ZeRO-2", engine=True)
+    rows.append(last)
+    if long_packs:
+        last = last.then(f"packs of {LONG_PACK}", batches="long")
+        rows.append(last)
+    return [*rows, *(last.then(f"recompute {kind}", recompute=kind) for kind in ("selective", "layers"))]
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Whether peak_memory_gib counts from now on; on a CPU Linux must allow it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def measure(model: Model, row: Row, batches: list[dict], targets: int, first: dict, repeats: int) -> dict:
+    """Loss, gradient, memory and time of a row; AssertionError if one of the first two is not that of `first`."""
+    model.dress(row)
+    gradients: dict[str, torch.Tensor] = {}
+    with (engine_step if row.engine else torch_step)(model, row, batches, targets) as step:
+        loss = step(gradients)
+        # Lengths have all been seen and the optimizer has its state.
+        counted = reset_peak_memory(model.device)
+        step(None)
+        memory = peak_memory_gib(model.device) if counted else None
+        seconds = timed(lambda: step(None), repeats, warmup=0)
+    if not first:
+        first |= {"loss": loss, "gradients": gradients}
+    by_loss = abs(loss / first["loss"] - 1)
+    pairs = [(gradients[name] - grad, grad) for name, grad in first["gradients"].items()]
+    difference, norm = (torch.stack([tensor.norm() for tensor in side]).norm() for side in zip(*pairs, strict=True))
+    by_gradient = float(difference / norm)
+    assert by_loss <= LOSS_BOUND[model.dtype], f"{row.name}: loss {loss}, the first row has {first['loss']}"
+    assert by_gradient <= GRADIENT_BOUND[model.dtype], f"{row.name}: its gradient differs by {by_gradient:.2g}"
+    compared = {"loss": loss, "loss_difference": by_loss, "gradient_difference": by_gradient}
+    return {**seconds, "memory_gib": memory, **compared, "note": ""}
+
+
+def rates(seconds: dict, first: dict, before: dict, facts: dict) -> dict:
+    """Speeds of a row from its seconds, and how many times as fast it is as the first row and as the one it is on."""
+    middle = seconds["p50_s"]
+    tokens_per_s = facts["tokens"] / middle
+    return {
+        "tokens_per_s": tokens_per_s,
+        "target_tokens_per_s": facts["targets"] / middle,
+        "times_first": first["p50_s"] / middle,
+        "times_on": before["p50_s"] / middle if before.get("p50_s") else None,
+        "mfu": mfu(tokens_per_s, facts["flop_per_token"], facts["peak_flop_per_s"], 1),
+        "floor_share": facts["floor_s"] / middle,
+    }
+
+
+# Of every row, empty where it did not fit.
+KEYS = ("row", "on", "p20_s", "p50_s", "p80_s", "tokens_per_s", "target_tokens_per_s", "times_first", "times_on")
+KEYS += ("mfu", "floor_share", "memory_gib", "fill", "loss", "loss_difference", "gradient_difference", "note")
+
+
+def run(size: str, quick: bool, pack_length: int, repeats: int) -> tuple[list[dict], dict]:
+    """(rows of the table, facts of the run)."""
+    device = pick_device("auto")
+    dtype, gpu, seven = pick_dtype("auto", device), device.type == "cuda", size == "7b"
+    shrink, count = (16, 6) if quick else (1, 28 if seven else 16)
+    ds.start_processes(device, dtype)
+    model = Model(size, device, dtype)
+    ids, offsets = make_rows(count, model.layout, shrink)
+    long_packs = seven and pack_length < LONG_PACK
+    packs = {"packed": pack_length} | ({"long": LONG_PACK} if long_packs else {})
+    batches = make_batches(ids, offsets, model.layout, packs, device)
+    tokens, targets = len(ids), sum(batch["target_tokens"] for batch in batches["packed"])
+    product = product_rate(device.type, dtype, 8192 if gpu else 1024)
+    facts = {
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "attention": available(device, dtype),
+        "rows_of_data": count,
+        "tokens": tokens,
+        "targets": targets,
+        "pack_length": pack_length,
+        "flop_per_token": flops_per_token(model.shape, full=False),
+        "peak_flop_per_s": peak_flops(device, dtype),
+        "product_flop_per_s": product,
+        "floor_s": tokens * flops_per_token(model.shape, False, targets / tokens) / product,
+    }
+    liger = gpu and importlib.util.find_spec("liger_kernel") is not None
+    first: dict = {}
+    found: dict[str, dict] = {}
+    for row in waterfall(gpu, liger, long_packs):
+        mine = batches[row.batches]
+        line = dict.fromkeys(KEYS) | {"row": row.name, "on": row.on, "note": ""}
+        line["fill"] = tokens / sum(batch["input_ids"].numel() for batch in mine)
+        try:
+            line |= measure(model, row, mine, targets, first, repeats)
+        except torch.OutOfMemoryError:
+            if not first:
+                raise
+            line["note"] = "out of memory"
+        found[row.name] = line
+        if line["p50_s"]:
+            line |= rates(line, next(iter(found.values())), found.get(row.on, line), facts)
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
+    return list(found.values()), facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="optimizer step: time, memory, loss, gradient, technique by technique")
+    parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="few short rows, to see that it runs")
+    parser.add_argument("--pack-length", type=int, help="ids per pack (default: what the unfused rows have room for)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each row")
+    parser.add_argument("--output", help="JSON file to write")
+    arguments = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    size = arguments.size or ("7b" if gpu else "tiny")
+    roomy = gpu and size == "7b" and torch.cuda.get_device_properties(0).total_memory > 120e9
+    pack_length = arguments.pack_length or (8192 if roomy else 256 if arguments.quick else 4096)
+    # DeepSpeed prints there, and the last line belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        rows, facts = run(size, arguments.quick, pack_length, 2 if arguments.quick else arguments.repeats)
+    tokens, floor = facts["tokens"], facts["floor_s"]
+    print(f"floor: {floor:.3g} s of products at the {facts['product_flop_per_s'] / 1e12:.3g} TFLOP/s of one large one")
+    if peak := facts["peak_flop_per_s"]:
+        seconds = tokens * facts["flop_per_token"] / peak
+        print(f"at an MFU of 1: {seconds:.3g} s, {tokens / seconds:,.0f} tokens/s")
+    if not gpu:
+        print("no GPU: fused parts run as their torch references here, which shows that they are equal, not how fast")
+    report("train", rows, arguments.output, **facts)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
