@@ -361,7 +361,8 @@ def test_to_torch_shapes():
     store = buffer([[0, 5, EOT, 6], [0, 7]])
     batch = collate(store.ids, store.offsets, [1, 0], EOT)
     tensors = batch.to_torch()
-    assert {name: tuple(t.shape) for name, t in tensors.items() if name != "max_seqlen"} == {
+    assert tensors.pop("max_seqlen") == 4 and tensors.pop("target_tokens") == batch.target_tokens == 2
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         "input_ids": (1, 6),
         "labels": (1, 6),
         "position_ids": (1, 6),

@@ -107,7 +107,7 @@ def run(folder: Path) -> bool:
     command("merge --ckpt base --adapter run --output tuned", done="tuned")
     command("convert --input tuned --output tuned_hf --to hf", done="tuned_hf")
     command("eval --data evaluation --ckpt tuned_hf --output after")
-    # The unconditioned stream of the tiny model is untrained: the published scale of 3 would follow it more than the text.
+    # The tiny model's unconditioned stream is untrained, and the published scale of 3 would follow its noise.
     command("generate --ckpt tuned --prompts prompts.jsonl --output drawn --mode image --greedy --guidance-text 1.5")
     command("report before after run drawn store --output report --title 'medmax_fast demo'")
     return summarize(folder, seconds)
