@@ -121,7 +121,7 @@ def run(size: str, quick: bool, pack_length: int, repeats: int) -> tuple[list[di
     """(rows of the table, facts of the run)."""
     device = pick_device("auto")
     dtype, gpu, seven = pick_dtype("auto", device), device.type == "cuda", size == "7b"
-    shrink, count = (16, 6) if quick else (1, 28 if seven else 8)
+    shrink, count = (16, 6) if quick else (1, 28 if seven else 16)
     ds.start_processes(device, dtype)
     model = Model(size, device, dtype)
     ids, offsets = make_rows(count, model.layout, shrink)

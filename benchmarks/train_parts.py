@@ -1,8 +1,8 @@
 """What bench_train measures: rows of data, a random model in any state of fusion, and its optimizer steps.
 
 Data (assumed, after the published counts): lengths as in bench_packing, rows of more than 2,048 ids left out, since the
-published training cuts them; 40 % of the text is the prompt; 17 % of the rows draw, the others look: their images come
-before the eot and are not supervised.
+published training cuts them; 40 % of the text is the prompt; 17 % of the rows with images draw, the others look: their
+images come before the eot and are not supervised.
 """
 
 import contextlib
@@ -56,6 +56,7 @@ def make_rows(count: int, layout: IdLayout, shrink: int) -> tuple[np.ndarray, np
     """(ids uint16, offsets int64 [count + 1]) of the mix, with lengths divided by `shrink`."""
     rng = np.random.default_rng(0)
     rows: list[np.ndarray] = []
+    pictured = 0
     while len(rows) < count:
         images = rng.choice([0, 1, 2], p=[0.09, 0.88, 0.03])
         words = int(min(rng.lognormal(np.log(125), 0.9), 1500)) // shrink
@@ -65,11 +66,13 @@ def make_rows(count: int, layout: IdLayout, shrink: int) -> tuple[np.ndarray, np
             pictures += [[layout.boi], codes, [layout.eoi]]
         text = rng.integers(layout.text_start, layout.vocab_size, words)
         prompt, response = np.split(text, [int(PROMPT_SHARE * words)])
-        drawn = rng.random() < DRAWN_SHARE
+        # Not by chance, so that a few rows have the share too.
+        drawn = images and int((pictured + 1) * DRAWN_SHARE) > int(pictured * DRAWN_SHARE)
         before, behind = ([], pictures) if drawn else (pictures, [])
         row = np.concatenate([[layout.bos], *before, prompt, [layout.eot], response, *behind, [layout.eos]])
         if len(row) <= PUBLISHED_LENGTH // shrink:
             rows.append(row.astype(np.uint16))
+            pictured += images > 0
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
