@@ -141,6 +141,11 @@ def require_new(folder: str | Path) -> None:
         raise InputError(f"{folder}: not empty and not made by this command; choose another --output")
 
 
+def comma_list(text: str) -> list[str]:
+    """The names in a comma-separated flag, without the empty ones."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def require_at_least(config, least: int, *names: str) -> None:
     """InputError naming the first of these fields of a config that is below `least`."""
     for name in names:

@@ -28,6 +28,7 @@ from medmax_fast.runtime import (
     SETTINGS_FILE,
     InputError,
     atomic_path,
+    comma_list,
     hash_file,
     log,
     open_output,
@@ -147,11 +148,7 @@ def _track(config: TrainConfig, run: Run) -> None:
     settings = read_json(run.folder.path / SETTINGS_FILE)
     # Another run of the same name elsewhere is another run.
     run_id = hashlib.sha256(str(run.folder.path.resolve()).encode()).hexdigest()[:16]
-    run.trackers = open_trackers(_names(config.track), run.folder.path, settings, run_id, run.done)
-
-
-def _names(text: str) -> list[str]:
-    return list(filter(None, map(str.strip, text.split(","))))
+    run.trackers = open_trackers(comma_list(config.track), run.folder.path, settings, run_id, run.done)
 
 
 def _check_flags(config: TrainConfig) -> None:
@@ -165,7 +162,7 @@ def _check_flags(config: TrainConfig) -> None:
     if not config.full and config.lora_rank:
         check_lora(config)
     ds.check_engine(config)
-    check_trackers(_names(config.track))
+    check_trackers(comma_list(config.track))
 
 
 def _check_store(store: TokenStore, config: TrainConfig, checkpoint: Checkpoint) -> None:

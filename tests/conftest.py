@@ -41,3 +41,25 @@ def golden_checkpoint(golden, tmp_path) -> Path:
         path.chmod(0o755 if path.is_dir() else 0o644)
     target.chmod(0o755)
     return target
+
+
+@pytest.fixture()
+def bf16_to_nearest(monkeypatch):
+    """Triton's interpreter cuts fp32 to bf16; with this it rounds to nearest, as a GPU does."""
+    from medmax_fast.kernels.launch import INTERPRETED
+
+    if not INTERPRETED:
+        return
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, mode)
+        return torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -1,6 +1,5 @@
 """Cross-entropy in place: both paths against float64, at most twice the error of torch's own at the same precision."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,6 +8,7 @@ from medmax_fast.kernels import cross_entropy
 from medmax_fast.kernels.cross_entropy import cross_entropy_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("bf16_to_nearest")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMPLS = ["torch", "triton"]
 # Rows and vocabulary: one id, less than a block, a block, one more, odd and several blocks, the real one.
@@ -63,24 +63,6 @@ def poisoned(monkeypatch):
     """Everything that is allocated in the test without being filled holds NaN."""
     allocate = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
-
-
-@pytest.fixture(autouse=True)
-def rounded(monkeypatch):
-    """The interpreter cuts fp32 off where a GPU rounds it to bf16."""
-    if cross_entropy.triton is None:
-        return
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def round_to_bf16(self, src, dst_type):
-        if (src.dtype.scalar.name, dst_type.scalar.name) != ("fp32", "bf16"):
-            return cast(self, src, dst_type)
-        bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(bits.view(np.uint16), dst_type.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", round_to_bf16)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

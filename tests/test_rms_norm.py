@@ -1,37 +1,19 @@
 """RMSNorm and its gradients: both paths against float64, at most twice the error of transformers' own module."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 from transformers.models.chameleon.modeling_chameleon import ChameleonRMSNorm
 
 from medmax_fast.kernels import rms_norm as kernel
-from medmax_fast.kernels.launch import INTERPRETED
 from medmax_fast.kernels.rms_norm import rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
+pytestmark = pytest.mark.usefixtures("bf16_to_nearest")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The models' widths, one value, no power of two; one row, tiles of several rows with and without a rest.
 SHAPES = [(5, 4096), (2, 8192), (3, 7, 64), (1, 64), (300, 1), (2, 3, 2, 37), (9, 1000), (6, 1025), (40, 160), (64,)]
-
-
-@pytest.fixture(autouse=True)
-def bf16_to_nearest(monkeypatch):
-    """The interpreter cuts fp32 to bf16; a GPU, and from here on the interpreter, rounds to nearest."""
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        convert = interpreter._convert_float
-
-        def rounded(values, source, target, mode):
-            if (source, target) != (tl.float32, tl.bfloat16):
-                return convert(values, source, target, mode)
-            return torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-        monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 def data(*shape, dtype=torch.float32, frozen=False, weight_dtype=None, seed=0):

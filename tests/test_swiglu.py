@@ -1,38 +1,20 @@
 """SwiGLU and its gradients: both paths against float64, at most twice the error of F.silu(gate) * up."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medmax_fast.kernels import swiglu as kernel
-from medmax_fast.kernels.launch import INTERPRETED
 from medmax_fast.kernels.swiglu import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # exp(-gate) is infinite far below zero, of which NumPy, the interpreter's arithmetic, tells.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+overflow = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [pytest.mark.usefixtures("bf16_to_nearest"), overflow]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The model's width, a tile and one value more, tiles of several rows with and without a rest, no power of two, one.
 SHAPES = [(3, 11008), (2, 1024), (2, 3, 1025), (5, 172), (2, 2, 3, 64), (300, 1), (7, 3), (1, 1), (37,)]
-
-
-@pytest.fixture(autouse=True)
-def bf16_to_nearest(monkeypatch):
-    """The interpreter cuts fp32 to bf16; a GPU, and from here on the interpreter, rounds to nearest."""
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        convert = interpreter._convert_float
-
-        def rounded(values, source, target, mode):
-            if (source, target) != (tl.float32, tl.bfloat16):
-                return convert(values, source, target, mode)
-            return torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-        monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @pytest.fixture()

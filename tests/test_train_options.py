@@ -25,9 +25,10 @@ from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.model.loss import packed_hidden
 from medmax_fast.model.merge import merge
-from medmax_fast.runtime import InputError
-from medmax_fast.train import LIMITS, train
+from medmax_fast.runtime import InputError, write_json
+from medmax_fast.train import LIMITS, _newest_checkpoint, train
 from medmax_fast.training import engine as ds
+from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.run import Run
 from medmax_fast.vocab import TextTokenizer
 
@@ -421,3 +422,13 @@ def test_a_step_that_does_not_log_waits_for_nothing(config, monkeypatch, zero, p
     # The losses, and the norm; so the counting works.
     assert waits.ours[5] == {"tolist": 1, "__float__": 1, "aten._local_scalar_dense": 1}
     assert all(waits.deepspeed[number]["__bool__"] > 0 for number in steady)
+
+
+def test_8_bit_state_is_not_shared_out_anew(config):
+    """Refused before a model is loaded; with the ordinary optimizer the checkpoint is rewritten (test_restart.py)."""
+    folder = RunFolder(config.output)
+    checkpoint = folder.checkpoints / "step-000003"
+    write_json(checkpoint / "state.json", {"step": 3, "world": 2, "data": {}, "files": {}})
+    with pytest.raises(InputError, match="step-000003: made by 2 ranks, now 1; use the same number, since the 8-bit"):
+        _newest_checkpoint(replace(config, optimizer="adamw8bit"), folder, 1)
+    assert _newest_checkpoint(replace(config, optimizer="adamw8bit"), folder, 2)[0] == checkpoint

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmax_fast.data.rows import column_names, place, read_rows, typed
-from medmax_fast.runtime import InputError, hash_file
+from medmax_fast.runtime import InputError, comma_list, hash_file
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
 # Problems named in one error message; the rest are counted.
@@ -94,7 +94,7 @@ def load_questions(folder: str | Path, tasks: str = "", limit: int = 0) -> EvalD
     missing = [name for name in COLUMNS if name not in column_names(file)]
     if missing:
         raise InputError(f"{file}: no column {missing[0]!r}, expected {', '.join(COLUMNS)}")
-    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    wanted = comma_list(tasks)
     questions, skipped, problems, present = [], {}, [], {}
     for number, values in read_rows(file, COLUMNS):
         where = place(file, number)

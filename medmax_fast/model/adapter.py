@@ -12,7 +12,7 @@ from torch import nn
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.model.layout import LAYER_KEYS
-from medmax_fast.runtime import InputError, atomic_path, write_json
+from medmax_fast.runtime import InputError, atomic_path, comma_list, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Name of the adapter inside peft's modules; it is not part of the names in the file.
@@ -42,7 +42,7 @@ def check_lora(config: TrainConfig) -> None:
 def lora_targets(text: str) -> list[str]:
     """The projections named in a comma-separated list, each once; InputError for one that no layer has."""
     known = [key.hf.split(".")[1] for key in LAYER_KEYS if "_proj." in key.hf]
-    targets = [name.strip() for name in text.split(",") if name.strip()]
+    targets = comma_list(text)
     unknown = [name for name in targets if name not in known]
     if unknown or not targets:
         raise InputError(f"--lora-targets {','.join(unknown) or 'without a name'}: expected some of {','.join(known)}")

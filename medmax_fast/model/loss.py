@@ -53,14 +53,16 @@ def packed_loss(model, batch: dict) -> torch.Tensor:
     Divide by the number of supervised ids (or the sum of their weights) of the whole optimizer step, over all
     micro-batches and ranks: then the gradient does not depend on how the rows were packed or shared out.
     """
+    return batch_losses(packed_hidden(model, batch), batch, (model.lm_head.weight,))[0]
+
+
+def batch_losses(
+    hidden_TC: torch.Tensor, batch: dict, blocks: Sequence[torch.Tensor], z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`target_losses` with the labels, weights and count of a packed batch."""
     weights = batch.get("loss_weights")
-    return target_losses(
-        packed_hidden(model, batch),
-        batch["labels"][0],
-        (model.lm_head.weight,),
-        None if weights is None else weights[0],
-        count=batch.get("target_tokens"),
-    )[0]
+    weights = None if weights is None else weights[0]
+    return target_losses(hidden_TC, batch["labels"][0], blocks, weights, z_loss, batch.get("target_tokens"))
 
 
 def target_losses(

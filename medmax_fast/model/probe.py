@@ -80,8 +80,8 @@ def _logits(model: nn.Module, inner: nn.Module, sequences: list[torch.Tensor], d
     taken = []
 
     def take(head: nn.Module, given: tuple, _) -> None:
-        # A head of which some rows are trained has no weight but parts of it.
-        blocks = [head.weight] if hasattr(head, "weight") else [head.before, head.rows, head.after]
+        # Of a model made ready for training, the head may be in parts.
+        blocks = getattr(head, "blocks", None) or [head.weight]
         taken.append(torch.cat([F.linear(given[0], block) for block in blocks], 1))
 
     # Ahead of the hook by which ZeRO-3 puts the gathered weight away.

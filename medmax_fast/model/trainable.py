@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from medmax_fast.config import TrainConfig
 from medmax_fast.model.adapter import add_adapter
 from medmax_fast.model.fused import fuse, share_norms
-from medmax_fast.model.loss import packed_hidden, target_losses
-from medmax_fast.runtime import InputError, log
+from medmax_fast.model.loss import IGNORE, batch_losses, packed_hidden
+from medmax_fast.runtime import InputError, comma_list, log
 from medmax_fast.vocab import IdLayout
 
 # What PackedModel adds in front of the names that transformers gives.
@@ -46,13 +46,14 @@ class LossHead(nn.Module):
         self.before, self.after = (nn.Parameter(parts[i], requires_grad=False) for i in (0, 2))
         self.rows = nn.Parameter(parts[1].clone())
 
+    @property
+    def blocks(self) -> list[nn.Parameter]:
+        """The head [vocabulary, C] in parts, one behind the other."""
+        return [self.weight] if hasattr(self, "weight") else [self.before, self.rows, self.after]
+
     def forward(self, hidden_TC: torch.Tensor, batch: dict) -> tuple[torch.Tensor, ...]:
-        """As loss.target_losses, of a packed batch."""
-        blocks = [self.weight] if hasattr(self, "weight") else [self.before, self.rows, self.after]
-        weights = batch.get("loss_weights")
-        weights = None if weights is None else weights[0]
-        count = batch.get("target_tokens")
-        return target_losses(hidden_TC, batch["labels"][0], blocks, weights, self.z_loss, count)
+        """As loss.batch_losses."""
+        return batch_losses(hidden_TC, batch, self.blocks, self.z_loss)
 
 
 class RowEmbedding(nn.Module):
@@ -112,9 +113,13 @@ def prepare(model: nn.Module, config: TrainConfig, layout: IdLayout) -> PackedMo
         add_adapter(model, config)
     else:
         model.requires_grad_(False)
-    ranges = {"none": None, "image": (layout.image_start, layout.boi + 1), "all": (0, None)}
-    _train_head(model, ranges[config.head], config.z_loss)
-    _train_embeddings(model, ranges[config.embeddings])
+    images = layout.image_start, layout.boi + 1
+    head, table = model.lm_head.weight, model.model.embed_tokens.weight
+    for weight, choice in ((head, config.head), (table, config.embeddings)):
+        weight.requires_grad_(weight.requires_grad or choice == "all")
+    model.lm_head = LossHead(head, images if config.head == "image" else None, config.z_loss)
+    if config.embeddings == "image":
+        model.model.embed_tokens = RowEmbedding(table, images)
     if config.recompute != "none":
         recompute_activations(model, config.recompute == "selective")
     return PackedModel(model, layout).train()
@@ -132,33 +137,15 @@ def check_choice(config: TrainConfig) -> None:
 
 
 def _freeze(model: nn.Module, patterns: str) -> None:
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
+    for pattern in comma_list(patterns):
         matching = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
-            raise InputError(f"--freeze {pattern}: no weight has such a name, which are like {next(_names(model))}")
+            example = next(name for name, _ in model.named_parameters() if ".layers." in name)
+            raise InputError(f"--freeze {pattern}: no weight has such a name, which are like {example}")
         for parameter in matching:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"--freeze {patterns}: nothing is left to train")
-
-
-def _names(model: nn.Module):
-    return (name for name, _ in model.named_parameters() if ".layers." in name)
-
-
-def _train_head(model: nn.Module, rows: tuple[int, int | None] | None, z_loss: float) -> None:
-    weight = model.lm_head.weight
-    if rows == (0, None):
-        weight.requires_grad_(True)
-    model.lm_head = LossHead(weight, rows if rows and rows[1] else None, z_loss)
-
-
-def _train_embeddings(model: nn.Module, rows: tuple[int, int | None] | None) -> None:
-    table = model.model.embed_tokens
-    if rows == (0, None):
-        table.weight.requires_grad_(True)
-    elif rows:
-        model.model.embed_tokens = RowEmbedding(table.weight, rows)
 
 
 def recompute_activations(model: nn.Module, selective: bool = False) -> None:
@@ -212,7 +199,7 @@ def empty_batch(device) -> dict:
     bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
     return {
         "input_ids": ids,
-        "labels": torch.full_like(ids, -100),
+        "labels": torch.full_like(ids, IGNORE),
         "position_ids": ids,
         "cu_seqlens": bounds,
         "max_seqlen": 1,

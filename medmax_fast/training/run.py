@@ -58,7 +58,7 @@ class Run:
         return self.loader.rank == 0
 
     def resume(self, newest: tuple[Path, dict] | None) -> None:
-        """Continue from a checkpoint, which RunFolder.newest has found, if there is one."""
+        """Continue from a checkpoint, (folder, state), if there is one."""
         if newest:
             path, state = newest
             ds.load_engine(self.engine, path, not self.config.full)
@@ -78,8 +78,9 @@ class Run:
         KeyboardInterrupt once a step is finished and saved after a rank was asked to stop.
         """
         records = on_first_rank(self.folder.records)
-        keys = self.loader.store.keys.__getitem__
-        health = Health(records, keys, self.loader.target_counts, gather, self._record_stop)
+        store, counts = self.loader.store, self.loader.target_counts
+        # The names of all rows are read only if some are to be named.
+        health = Health(records, lambda row: store.keys[row], counts, gather, self._stopped)
         upload, clock, loss = Uploader(self.device), Clock(), math.nan
         with Progress("train", self.last, self.done) if self.first_rank else contextlib.nullcontext() as bar:
             for number, epoch, step in planned_steps(self.loader, self.last, self.done):
@@ -170,7 +171,7 @@ class Run:
             self.trackers.log(number, {"validation": record})
             log(f"step {number}: validation loss {record['loss']:.4f}")
 
-    def _record_stop(self, found: dict) -> None:
+    def _stopped(self, found: dict) -> None:
         if self.first_rank:
             write_json(self.folder.stopped, found)
 

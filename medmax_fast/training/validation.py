@@ -22,17 +22,9 @@ class Validation:
         if loader.rank == 0 and (len(loader.left_out) or len(loader.cut)):
             fate = f"{len(loader.left_out)} are left out, {len(loader.cut)} cut"
             log(f"{store.path}: of {len(store)} rows, {fate}, as longer than {loader.limit} ids")
-        tasks = sorted(
-            {f"by_task/{task}" for task in store.tasks} | {f"by_source/{source}" for source in store.sources}
-        )
-        self._groups = {name: i for i, name in enumerate(tasks)}
-        # Per row its task's and its source's place among the groups.
-        self._of_row = np.array(
-            [
-                [self._groups[f"by_task/{task}"], self._groups[f"by_source/{source}"]]
-                for task, source in zip(store.tasks, store.sources, strict=True)
-            ]
-        )
+        # Per kind of group, the names and each row's place among them.
+        kinds = {"by_task": store.tasks, "by_source": store.sources}
+        self._groups = {kind: np.unique(names, return_inverse=True) for kind, names in kinds.items()}
         self._counts = loader.target_counts(np.arange(len(store)))
 
     def measure(self, engine, device: torch.device) -> dict:
@@ -47,32 +39,25 @@ class Validation:
                     _, sums, row_losses = engine(packed)
                     parts += sums
                     if batch is not None:
-                        rows.append(batch.rows.copy())
+                        rows.append(batch.rows)
                         losses.append(row_losses)
         engine.train()
-        sums = torch.zeros(2, len(self._groups), dtype=torch.float64)
-        if rows:
-            groups = torch.from_numpy(self._of_row[np.concatenate(rows)])
-            values = torch.stack(
-                [torch.cat(losses).cpu(), torch.from_numpy(self._counts[np.concatenate(rows)]).double()]
-            )
-            for column in groups.T:
-                sums.index_add_(1, column, values)
         text, image, texts, images = total(parts).tolist()
-        by_group = total(sums.to(device)).tolist()
+        seen = np.concatenate([np.zeros(0, np.int64), *rows])
+        values = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.cpu() for part in losses)])
         return {
             "loss": (text + image) / max(texts + images, 1),
             "text_loss": text / texts if texts else None,
             "image_loss": image / images if images else None,
             "target_tokens": int(texts + images),
-            **self._by_group("by_task/", by_group),
-            **self._by_group("by_source/", by_group),
+            **{kind: self._means(kind, seen, values, device) for kind in self._groups},
         }
 
-    def _by_group(self, kind: str, sums: list[list[float]]) -> dict:
-        found = {
-            name.removeprefix(kind): sums[0][i] / sums[1][i]
-            for name, i in self._groups.items()
-            if name.startswith(kind) and sums[1][i]
-        }
-        return {kind.removesuffix("/"): found}
+    def _means(self, kind: str, rows: np.ndarray, losses: torch.Tensor, device: torch.device) -> dict[str, float]:
+        """Loss per supervised id of each group, over all ranks; rows, losses: int64 and fp64 [n] of this one."""
+        names, of_row = self._groups[kind]
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        counts = torch.from_numpy(self._counts[rows]).double()
+        sums.index_add_(1, torch.from_numpy(of_row[rows]), torch.stack([losses, counts]))
+        sums = total(sums.to(device)).tolist()
+        return {str(name): loss / count for name, loss, count in zip(names, *sums, strict=True) if count}
