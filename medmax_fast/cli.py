@@ -27,7 +27,7 @@ COMMANDS = {
     "tokenize": (config.TokenizeConfig, "medmax_fast.tokenization", "tokenize_images"),
     "decode": (config.DecodeConfig, "medmax_fast.decode", "decode_images"),
     "build": (config.BuildConfig, "medmax_fast.data.build", "build"),
-    "inspect": (config.InspectConfig, "medmax_fast.report", "inspect_store"),
+    "inspect": (config.InspectConfig, "medmax_fast.inspection", "inspect"),
     "train": (config.TrainConfig, "medmax_fast.train", "train"),
     "merge": (config.MergeConfig, "medmax_fast.model.merge", "merge"),
     "convert": (config.ConvertConfig, "medmax_fast.model.convert", "convert"),

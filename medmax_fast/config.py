@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+VQGAN = "vqgan.ckpt to use in place of what the checkpoint holds of it, so that a Hugging Face folder can draw"
+SHARDS = "files of a checkpoint in the Chameleon layout, as Chameleon-30B has four (0: as many as the source had)"
 
 
 def option(default, text: str, choices: tuple[str, ...] = (), off: str = ""):
@@ -51,6 +53,7 @@ class TokenizeConfig:
     input: str = required("CSV, Parquet or JSONL with a column of paths, a folder of images, or a tar archive")
     ckpt: str = required("checkpoint folder, in either layout")
     output: str = required("folder for the code Parquet files")
+    vqgan: str = option("", VQGAN)
     archive: str = option("", ".tar or .tar.gz, or its first part, in which the table's paths lie")
     image_key: str = option("", "column of image paths (default: img_path, else image_path)")
     alpha: str = option("whiten", "transparent pixels: blend over white, or drop alpha", ("whiten", "drop"))
@@ -80,8 +83,9 @@ class DecodeConfig:
     """Turn codes back into pictures."""
 
     input: str = required("code Parquet file, or a folder of them")
-    ckpt: str = required("checkpoint folder with a VQGAN decoder")
+    ckpt: str = required("checkpoint folder")
     output: str = required("folder for the PNG files")
+    vqgan: str = option("", VQGAN)
     batch_size: int = option(4, "pictures decoded at a time")
     device: str = option("auto", "where the decoder runs", DEVICES)
 
@@ -105,10 +109,10 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Describe a token store: counts, lengths, how well it packs, which rows look wrong."""
+    """Describe a token store (lengths, packing, rows that look wrong) or a checkpoint (sizes, parts, checksums)."""
 
-    store: str = required("store folder", positional=True)
-    output: str = option("", "folder for histogram.png and suspicious.jsonl (default: the store itself)")
+    path: str = required("store or checkpoint folder", positional=True)
+    output: str = option("", "of a store: folder for histogram.png and suspicious.jsonl (default: the store itself)")
 
 
 ROWS = ("none", "image", "all")
@@ -180,11 +184,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merge a LoRA adapter into its base checkpoint."""
+    """Put a LoRA adapter, or what a DeepSpeed folder holds, into its base checkpoint."""
 
     ckpt: str = required("base checkpoint, in either layout")
-    adapter: str = required("adapter folder, or the run folder that holds it")
-    output: str = required("checkpoint folder to create, in the layout of the base")
+    adapter: str = required("adapter folder, the run folder that holds it, or a DeepSpeed folder (ZeRO or universal)")
+    output: str = required("checkpoint folder to create")
+    to: str = option("base", "layout to write (base: that of the base)", ("base", "hf", "chameleon"))
+    dtype: str = option("base", "dtype to write (base: that of the base)", ("base", "fp32", "bf16", "fp16"))
+    shards: int = option(0, SHARDS)
+    vqgan: str = option("", VQGAN)
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,8 @@ class ConvertConfig:
     input: str = required("checkpoint folder")
     output: str = required("checkpoint folder to create")
     to: str = required("layout to write", ("hf", "chameleon"))
+    shards: int = option(0, SHARDS)
+    vqgan: str = option("", VQGAN)
     average_qk_norm: bool = option(False, "average query/key norms that differ between heads (lossy)")
 
 
@@ -215,6 +225,7 @@ class GenerateConfig:
     """Generate text, pictures or both."""
 
     ckpt: str = required("checkpoint folder")
+    vqgan: str = option("", VQGAN)
     prompts: str = option("", "JSONL: id and content (or token_ids) per line")
     output: str = option("", "folder for outputs.jsonl and the pictures (needed with --prompts)")
     prompt: str = option("", "one prompt, answered on the terminal")

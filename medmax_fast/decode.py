@@ -10,6 +10,7 @@ import numpy as np
 
 from medmax_fast.config import DecodeConfig
 from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
+from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import InputError, atomic_path, open_output, pick_device, progress, require_at_least
 
@@ -23,12 +24,12 @@ def decode_images(config: DecodeConfig) -> dict:
     start = time.monotonic()
     require_at_least(config, 1, "batch_size")
     files = code_files(config.input)
-    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device))
+    tokenizer = ImageTokenizer.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), pick_device(config.device))
     num_codes = tokenizer.vqgan.config.n_embed
     # What can be wrong is found before the first picture is drawn: every code, and a checkpoint without a decoder.
     paths = [path for file in files for names, _ in read_codes(file, num_codes) for path in names]
     if tokenizer.vqgan.decoder is None:
-        raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; expected one in the Chameleon layout")
+        raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; --vqgan gives it one")
     settings = {"codes_sha256": codes_fingerprint(config.input), "vqgan_sha256": tokenizer.sha256}
     output = open_output(config.output, "decode", settings)
     names = picture_names(paths)

@@ -1,4 +1,4 @@
-"""`medmax report` and `medmax inspect`: runs of any kind as one Markdown file and one self-contained HTML page.
+"""`medmax report`: runs of any kind as one Markdown file and one self-contained HTML page.
 
 The report is written once, as Markdown (report.md with its pictures under figures/); report.html is made from it.
 Runs of one kind share a section, so that two evaluations of the same questions stand side by side. A run folder is
@@ -6,15 +6,15 @@ recognised by its files; whatever cannot be read is an InputError before anythin
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from medmax_fast import __version__, figures
-from medmax_fast.config import InspectConfig, ReportConfig
+from medmax_fast.config import ReportConfig
 from medmax_fast.data.rows import read_rows
 from medmax_fast.eval.report import evaluation_section
+from medmax_fast.inspection import draw_store
 from medmax_fast.page import html_page, plain, table
 from medmax_fast.pictures import Pictures
 from medmax_fast.runtime import InputError, atomic_path, open_output, read_json, remove
@@ -29,8 +29,6 @@ KINDS = {
 }
 # Prompts shown per report; all of them stay in outputs.jsonl.
 SHOWN_PROMPTS = 40
-# Suspicious rows that `medmax inspect` prints; all of them are in suspicious.jsonl.
-SHOWN_ROWS = 20
 # Figures of a store's summary that the report shows, a table each.
 COUNTED = ("rows", "ids", "supervised", "images", "longest", "mean_length")
 CHECKED = ("suspicious_rows", "rows_without_eot", "rows_unbalanced", "rows_with_odd_images", "rows_cut_as_published")
@@ -63,34 +61,6 @@ def report(config: ReportConfig) -> dict:
         "output": str(folder),
         "report": str(folder / "report.html"),
         "runs": [{"run": run.name, "kind": run.kind, "folder": str(run.path)} for run in runs],
-    }
-
-
-def inspect_store(config: InspectConfig) -> dict:
-    """Counts, lengths and packing of a token store, and which of its rows look wrong.
-
-    Draws histogram.png and lists every suspicious row in suspicious.jsonl, in `output` or the store itself; the
-    result names the first of them.
-    """
-    from medmax_fast.data.store import TokenStore
-    from medmax_fast.data.summary import check_rows, store_summary, suspicious_rows
-
-    store, folder = TokenStore(config.store), Path(config.output or config.store)
-    checks = check_rows(store)
-    summary = store_summary(store, checks=checks)
-    _draw_store(summary, folder / "histogram.png")
-    shown = []
-    with atomic_path(folder / "suspicious.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in suspicious_rows(store, checks):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if len(shown) < SHOWN_ROWS:
-                shown.append({**row, "reasons": "; ".join(row["reasons"])})
-    return {
-        "store": config.store,
-        **summary,
-        "histogram": str(folder / "histogram.png"),
-        "suspicious": str(folder / "suspicious.jsonl"),
-        "first_suspicious": shown,
     }
 
 
@@ -210,7 +180,7 @@ def _store(run: Run, pictures: Pictures) -> str:
     for name in ("tasks", "sources", "padding"):
         if summary[name]:
             parts.append(table([{key: _cell(value) for key, value in row.items()} for row in summary[name]]))
-    parts.append(pictures.draw(f"Row lengths and packing of {run.name}", _draw_store, summary))
+    parts.append(pictures.draw(f"Row lengths and packing of {run.name}", draw_store, summary))
     return "\n\n".join(parts)
 
 
@@ -218,15 +188,6 @@ def _cell(value) -> str:
     if isinstance(value, str):
         return plain(value)
     return f"{value:.1%}" if isinstance(value, float) else f"{value:,}"
-
-
-def _draw_store(summary: dict, path: Path) -> Path:
-    """The histogram of `medmax inspect`; batches are padded as published, after the cut."""
-    note = f"{summary['rows']:,} rows, mean {summary['mean_length']:,.0f}, longest {summary['longest']:,} ids"
-    fill = {row["capacity"]: row["fill"] for row in summary["packing"]}
-    padded = {row["batch"]: 1 - row["padding_cut"] for row in summary["padding"]}
-    lengths = summary["lengths"]
-    return figures.store_overview(lengths["rows"], lengths["edges"], fill, padded, path, note, summary["published_cut"])
 
 
 def _generation(runs: list[Run], pictures: Pictures) -> str:

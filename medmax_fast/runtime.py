@@ -201,8 +201,8 @@ def pick_device(name: str):
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def pick_dtype(name: str, device):
-    """`auto`, `fp32`, `bf16` or `fp16` as a torch.dtype; auto is bf16 on a GPU and fp32 on a CPU."""
+def pick_dtype(name: str, device=None):
+    """`fp32`, `bf16` or `fp16` as a torch.dtype, or `auto`: bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     if name == "auto":

@@ -27,7 +27,8 @@ ALLOWED = {
     "training": {"training", "data", "model", "figures"},
     "train": {"training", "data", "model", "figures"},
     "eval": {"eval", "generate", "data", "model", "page", "pictures", "figures"},
-    "report": {"eval", "data", "page", "pictures", "figures"},
+    "inspection": {"data", "model", "figures"},
+    "report": {"eval", "data", "page", "pictures", "figures", "inspection"},
     "doctor": {"data", "model", "kernels", "_csrc"},
 }
 BASE = {"vocab", "config", "runtime"}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from medmax_fast.cli import main
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
+from medmax_fast.model.merge import open_trained
 from medmax_fast.runtime import InputError, hash_file
 
 
@@ -159,7 +160,5 @@ def test_adapters_that_cannot_be_merged(golden, adapter, tmp_path, capsys, chang
 
 
 def test_missing_adapter(golden, tmp_path):
-    from medmax_fast.model.merge import find_adapter
-
-    with pytest.raises(InputError, match="no adapter_config.json"):
-        find_adapter(tmp_path)
+    with pytest.raises(InputError, match="neither adapter_config.json .* nor DeepSpeed"):
+        open_trained(tmp_path)

@@ -19,8 +19,9 @@ from medmax_fast.config import InspectConfig, ReportConfig
 from medmax_fast.eval.published import PUBLISHED, URL
 from medmax_fast.eval.run import summarize
 from medmax_fast.eval.scoring import score, wilson
+from medmax_fast.inspection import inspect, inspect_store
 from medmax_fast.page import html_page, plain, table
-from medmax_fast.report import inspect_store, load_runs, report
+from medmax_fast.report import load_runs, report
 from medmax_fast.runtime import InputError
 
 TASKS = (("vqa_rad_closed", "yes_no", "yes"), ("path_mmu_mcq", "letter", "B"))
@@ -257,13 +258,13 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path):
 
 
 def test_inspect(store, tmp_path):
-    result = inspect_store(InspectConfig(store=store, output=str(tmp_path / "seen")))
+    result = inspect_store(InspectConfig(store, output=str(tmp_path / "seen")))
     assert result["rows"] == 2 and result["ids"] == 5 + 1030 and result["images"] == 1
     assert [row["task"] for row in result["tasks"]] == ["draw", "vqa"]
     assert Image.open(tmp_path / "seen" / "histogram.png").size[0] > 400
-    assert inspect_store(InspectConfig(store=store))["histogram"] == str(Path(store) / "histogram.png")
-    with pytest.raises(InputError, match="expected a token store"):
-        inspect_store(InspectConfig(store=str(tmp_path)))
+    assert inspect_store(InspectConfig(store))["histogram"] == str(Path(store) / "histogram.png")
+    with pytest.raises(InputError, match="neither a token store"):
+        inspect(InspectConfig(str(tmp_path)))
 
 
 # Ids of a row for the checks below: every marker, codes and text.
@@ -305,7 +306,7 @@ def test_suspicious_rows_are_named_with_their_reasons(layout, tmp_path):
         (np.array([*codes[500:], eoi, eot]), "on", "", ""),
     ]
     store = write_store(tmp_path / "store", layout, rows)
-    result = inspect_store(InspectConfig(store=str(store.path), output=str(tmp_path / "seen")))
+    result = inspect_store(InspectConfig(str(store.path), output=str(tmp_path / "seen")))
     found = [json.loads(line) for line in (tmp_path / "seen" / "suspicious.jsonl").read_text().splitlines()]
     expected = {key: reasons for key, _, reasons in cases if reasons}
     assert [row["key"] for row in found] == [*expected, "cut", "on"] and found[-1]["task"] == ""
@@ -391,7 +392,7 @@ def test_padding_of_a_store_with_and_without_the_published_cut(layout, tmp_path)
     from medmax_fast.data.store import write_store
 
     rows = [(np.full(n, layout.eot), str(n), "", "") for n in (1024, 3072)]
-    result = inspect_store(InspectConfig(store=str(write_store(tmp_path / "store", layout, rows).path)))
+    result = inspect_store(InspectConfig(str(write_store(tmp_path / "store", layout, rows).path)))
     by_batch = {row["batch"]: (row["padding_cut"], row["padding_whole"]) for row in result["padding"]}
     assert list(by_batch) == [1, 4, 8, 16] and by_batch[1] == (0, 0)
     assert by_batch[4] == pytest.approx((1 - 1536 / 2048, 1 - 2048 / 3072))

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.collate import collate_ref
 from medmax_fast.model import fused, trainable
+from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.model.loss import packed_hidden, packed_loss
-from medmax_fast.model.trainable import PREFIX, PackedModel, check_choice, empty_batch, prepare, trained_tensor
+from medmax_fast.model.trainable import PREFIX, PackedModel, check_choice, empty_batch, prepare
+from medmax_fast.model.trained import Trained
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import TextTokenizer
 
@@ -113,12 +115,13 @@ def test_trained_rows_come_back_in_their_places(golden, layout):
     with torch.no_grad():
         module.model.lm_head.rows += 1
     state = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    back = trained_tensor(state, "lm_head.weight", base, layout.image_start)
+    trained = Trained(state, state.__getitem__, "here", open_checkpoint(golden / "checkpoint"))
+    back = trained.apply("lm_head.weight", base)
     assert torch.equal(back[layout.image_start : layout.boi + 1], base[layout.image_start : layout.boi + 1] + 1)
     assert torch.equal(back[: layout.image_start], base[: layout.image_start])
     assert torch.equal(back[layout.boi + 1 :], base[layout.boi + 1 :])
     other = torch.zeros(3)
-    assert trained_tensor(state, "model.norm.weight", other) is other
+    assert trained.apply("model.norm.weight", other) is other
 
 
 def test_whole_head_beside_an_adapter(golden, layout, batch):

@@ -9,6 +9,7 @@ from PIL import Image
 from medmax_fast.config import GenerateConfig
 from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.requests import Request, Result
+from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.runtime import (
     InputError,
     TooManyRejected,
@@ -37,7 +38,7 @@ def generate(config: GenerateConfig) -> dict:
 
 def _generate_file(config: GenerateConfig) -> dict:
     requests = read_prompts(config.prompts, config)
-    engine = Engine.from_checkpoint(config.ckpt, config.device, config.precision)
+    engine = Engine.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), config.device, config.precision)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings["prompts_sha256"] = hash_file(config.prompts)
     output = open_output(config.output, "generate", settings)
@@ -57,7 +58,7 @@ def _generate_file(config: GenerateConfig) -> dict:
 def _generate_one(config: GenerateConfig) -> dict:
     pieces = [{"type": "image", "path": config.image}] if config.image else []
     pieces.append({"type": "text", "text": config.prompt})
-    engine = Engine.from_checkpoint(config.ckpt, config.device, config.precision)
+    engine = Engine.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), config.device, config.precision)
     result = engine.generate([_request(config, "prompt", content=pieces)])[0]
     if result.error:
         raise InputError(result.error)

@@ -17,7 +17,7 @@ from medmax_fast.generate import grammar, sampling
 from medmax_fast.generate.cache import KVCache
 from medmax_fast.generate.prompts import PromptEncoder
 from medmax_fast.generate.requests import Request, Result, Sample, Stream
-from medmax_fast.model.checkpoint import open_checkpoint
+from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.load import load_model, shape_of
 from medmax_fast.runtime import InputError, pick_device, pick_dtype
 from medmax_fast.vocab import IMAGE_CODES
@@ -48,11 +48,11 @@ class Engine:
             self._masks[name] = torch.from_numpy(allowed).to(self.device)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "Engine":
-        """Load a checkpoint in either layout; InputError names what is wrong with it."""
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str = "auto", precision: str = "auto") -> "Engine":
+        """Load a checkpoint in either layout, a folder or open; InputError names what is wrong with it."""
         device = pick_device(device)
         # Opened once: opening checks the files' checksums.
-        checkpoint = open_checkpoint(path)
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         model = load_model(checkpoint, device, pick_dtype(precision, device))
         return cls(model, PromptEncoder(checkpoint, device))
 

@@ -1,77 +1,46 @@
 """Opening a checkpoint folder in either layout and reading its tensors under one set of names.
 
 Chameleon layout: models/*/{params.json, consolidated*.pth, checklist.chk} and tokenizer/{*.json, vqgan.yaml,
-vqgan.ckpt, checklist.chk}. Hugging Face layout: config.json, tokenizer.json, safetensors, and (ours) a
-vqgan_decoder.safetensors, since stock folders carry no picture decoder. Everything is read under the Hugging Face
-names; layout.py holds the table between the two, with the permutation and the shard axis of each tensor.
-Files are memory-mapped, and nothing that could run code is unpickled.
+vqgan.ckpt, checklist.chk}. Hugging Face layout: config.json, tokenizer.json, safetensors, and of ours
+vqgan_decoder.safetensors, since stock folders carry no picture decoder; a vqgan.ckpt put into the folder serves too.
+Everything is read under the Hugging Face names; layout.py holds the table between the two.
 """
 
-import hashlib
-import pickle
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 
-from medmax_fast.model.layout import Key, ModelShape, half_split, keys
+from medmax_fast.model.checkpoint_base import Checkpoint, check_tensor
+from medmax_fast.model.files import SafetensorsFile, TorchFile, check_files
+from medmax_fast.model.layout import Disagreement, Key, ModelShape, keys, to_hf
 from medmax_fast.model.vqgan import VQConfig
-from medmax_fast.runtime import InputError, hash_file, read_json, require_file
+from medmax_fast.runtime import InputError, read_json, require_file
 
 DECODER_FILE = "vqgan_decoder.safetensors"
+VQGAN_FILE = "vqgan.ckpt"
 VQ_PREFIX = "model.vqmodel."
+# Rotary frequencies are computed; files of either layout may hold them all the same.
+_COMPUTED = ("rope.freqs", "rotary_emb.inv_freq")
 # Files up to this size are checked against their checksum whenever the folder is opened; larger ones when the
-# checkpoint is converted or merged (hashing 14 GB takes longer than loading it).
+# checkpoint is inspected, converted or merged (hashing 14 GB takes longer than loading it).
 CHECK_BYTES = 1 << 30
 
 
-class Checkpoint:
-    """An open checkpoint folder. `tensor(name)` gives a language-model tensor by its Hugging Face name."""
+def open_checkpoint(path: str | Path, vqgan: str | Path = "") -> Checkpoint:
+    """Recognise the layout by its files and open it; InputError for anything that is not a checkpoint.
 
-    layout: str
-    path: Path
-    shape: ModelShape
-    vq_config: VQConfig
-    tokenizer_path: Path
-    # The params.json that describes `shape`, as it came where there is one.
-    params: dict
-
-    def names(self) -> Iterator[str]:
-        """Hugging Face names of the language-model tensors, in the order of the table."""
-        return (key.hf for key in keys(self.shape.layers))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in Hugging Face order, on the CPU, in the dtype of the file; InputError if it is missing."""
-        raise NotImplementedError
-
-    def vqgan_state(self) -> dict[str, torch.Tensor]:
-        """The VQGAN's tensors by their taming names; without `decoder.*` where the folder has none."""
-        raise NotImplementedError
-
-    def verify(self) -> None:
-        """Compare every file with its recorded checksum; InputError names the first that differs."""
-
-    def sha256(self) -> str:
-        """Hash of the language model's names, dtypes, shapes and bytes; the same in both layouts."""
-        digest = hashlib.sha256()
-        for name in self.names():
-            tensor = self.tensor(name).contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Recognise the layout by its files and open it; InputError for anything that is not a checkpoint."""
+    vqgan: a vqgan.ckpt to be used in place of the folder's own, which it must agree with.
+    """
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder")
+    given = require_file(vqgan) if vqgan else None
     if (path / "config.json").is_file():
-        return HFCheckpoint(path)
+        return HFCheckpoint(path, given)
     if (path / "tokenizer").is_dir() and (path / "models").is_dir():
-        return ChameleonCheckpoint(path)
+        return ChameleonCheckpoint(path, given)
     raise InputError(f"{path}: neither a Hugging Face (config.json) nor a Chameleon (models/, tokenizer/) checkpoint")
 
 
@@ -80,7 +49,7 @@ class ChameleonCheckpoint(Checkpoint):
 
     layout = "chameleon"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, vqgan: Path | None = None):
         self.path = path
         folders = sorted(p.parent for p in path.glob("models/*/params.json"))
         if len(folders) != 1:
@@ -88,69 +57,64 @@ class ChameleonCheckpoint(Checkpoint):
         self.model_path = folders[0]
         self.shape = _parse(self.model_path / "params.json", ModelShape.from_params)
         self.params = read_json(self.model_path / "params.json")
-        yaml_path = require_file(path / "tokenizer" / "vqgan.yaml")
-        self.vq_config = _parse(yaml_path, VQConfig.from_yaml)
+        self.vq_config = _parse(require_file(path / "tokenizer" / "vqgan.yaml"), VQConfig.from_yaml)
+        self.vqgan_path = vqgan or path / "tokenizer" / VQGAN_FILE
         self.tokenizer_path = path / "tokenizer" / "text_tokenizer_modified.json"
         if not self.tokenizer_path.exists():
             self.tokenizer_path = require_file(path / "tokenizer" / "text_tokenizer.json")
-        self.shard_paths = sorted(self.model_path.glob("consolidated*.pth"))
-        if not self.shard_paths:
-            raise InputError(f"{self.model_path}: no consolidated*.pth")
+        self.shards = self._open_shards()
+        if self.params.get("model_parallel_size", 1) != len(self.shards):
+            self.params = self.params | {"model_parallel_size": len(self.shards)}
         self._table = {key.hf: key for key in keys(self.shape.layers)}
-        self._shards: list[dict] | None = None
         self.verify(CHECK_BYTES)
 
-    def verify(self, up_to_bytes: int | None = None) -> None:
-        for checklist in (self.model_path / "checklist.chk", self.path / "tokenizer" / "checklist.chk"):
-            if not checklist.exists():
-                continue
-            for line in checklist.read_text().splitlines():
-                expected, name = line.split(maxsplit=1)
-                file = require_file(checklist.parent / name.lstrip("*"))
-                if up_to_bytes is not None and file.stat().st_size > up_to_bytes:
-                    continue
-                found = hash_file(file, "md5")
-                if found != expected:
-                    raise InputError(f"{file}: md5 {found}, expected {expected} ({checklist.name})")
+    def _open_shards(self) -> list[TorchFile]:
+        """The files of weights in their order; InputError if one is missing, or one too many."""
+        recorded = _parse(self.model_path / "params.json", lambda spec: int(spec.get("model_parallel_size") or 1))
+        paths = sorted(self.model_path.glob("consolidated*.pth"))
+        count = len(paths) if recorded == 1 else recorded
+        names = [f"consolidated.{i:02d}.pth" for i in range(count)]
+        # A single file may have either name.
+        if not paths or (max(count, len(paths)) > 1 and [path.name for path in paths] != names):
+            found = ", ".join(path.name for path in paths) or "no consolidated*.pth"
+            raise InputError(f"{self.model_path}: {found}, expected {' '.join(names) or 'consolidated.pth'}")
+        return [TorchFile(path) for path in paths]
+
+    def verify(self, up_to_bytes: int | None = None) -> dict[Path, str]:
+        return check_files(self.model_path, up_to_bytes) | check_files(self.path / "tokenizer", up_to_bytes)
+
+    def check_names(self) -> None:
+        known = [key.chameleon for key in self._table.values()]
+        for shard in self.shards:
+            _check_names(shard.path, known, shard.names())
+
+    def meta(self, name: str) -> torch.Tensor:
+        key = self._table[name]
+        dtype = self._parts(key)[0].dtype
+        return torch.empty(key.size(self.shape), dtype=dtype, device="meta")
 
     def tensor(self, name: str) -> torch.Tensor:
         key = self._table[name]
-        if self._shards is None:
-            self._shards = [load_pickle(p) for p in self.shard_paths]
-        parts = []
-        for path, shard in zip(self.shard_paths, self._shards, strict=True):
-            if not isinstance(shard.get(key.chameleon), torch.Tensor):
-                raise InputError(f"{path}: tensor {key.chameleon} is missing")
-            parts.append(shard[key.chameleon])
-        return self._join(key, parts)
+        try:
+            return to_hf(key, self._parts(key), self.shape)
+        except Disagreement as error:
+            raise InputError(
+                f"{self.model_path}: the {error} of {key.chameleon} in its shards, expected equal ones"
+            ) from error
 
-    def _join(self, key: Key, parts: list[torch.Tensor]) -> torch.Tensor:
-        if key.kind == "qk_norm":
-            # Each shard holds one vector for its own share of the heads.
-            heads = (self.shape.heads if ".q_norm" in key.hf else self.shape.kv_heads) // len(parts)
-            if any(p.shape != (self.shape.head_dim,) for p in parts):
-                found = next(tuple(p.shape) for p in parts if p.shape != (self.shape.head_dim,))
-                raise InputError(f"{self.path}: {key.chameleon} has shape {found}, expected ({self.shape.head_dim},)")
-            return torch.cat([half_split(p)[None].expand(heads, -1) for p in parts])
-        if key.axis is None:
-            if any(not torch.equal(p, parts[0]) for p in parts[1:]):
-                parts = [torch.stack([p.float() for p in parts]).mean(0).to(parts[0].dtype)]
-            whole = parts[0]
-        else:
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=key.axis)
-        if key.kind == "rotary":
-            if whole.ndim != 2 or whole.shape[0] % self.shape.head_dim:
-                raise InputError(f"{self.path}: {key.chameleon} has shape {tuple(whole.shape)}, not rows of heads")
-            whole = half_split(whole, self.shape.head_dim)
-        return whole
+    def _parts(self, key: Key) -> list[torch.Tensor]:
+        size, parts = key.part_size(self.shape, len(self.shards)), []
+        for shard in self.shards:
+            parts.append(shard.tensor(key.chameleon))
+            check_tensor(shard.path, key.chameleon, parts[-1], torch.empty(size, dtype=parts[0].dtype, device="meta"))
+        return parts
 
-    def vqgan_state(self) -> dict[str, torch.Tensor]:
-        path = require_file(self.path / "tokenizer" / "vqgan.ckpt")
-        state = load_pickle(path).get("state_dict")
-        if not isinstance(state, dict):
-            raise InputError(f"{path}: no state_dict, expected a taming-transformers VQGAN")
-        # Training leftovers (the discriminator) are no part of the model.
-        return {name: t for name, t in state.items() if not name.startswith("loss.")}
+    def release(self) -> None:
+        for shard in self.shards:
+            shard.release()
+
+    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+        return read_vqgan(self.vqgan_path)
 
 
 class HFCheckpoint(Checkpoint):
@@ -158,7 +122,7 @@ class HFCheckpoint(Checkpoint):
 
     layout = "hf"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, vqgan: Path | None = None):
         self.path = path
         spec = read_json(path / "config.json")
         if spec.get("model_type") != "chameleon":
@@ -169,64 +133,95 @@ class HFCheckpoint(Checkpoint):
         self.params = self.shape.to_params()
         if (path / "params.json").exists() and _parse(path / "params.json", ModelShape.from_params) == self.shape:
             self.params = read_json(path / "params.json")
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            self._files = {name: path / file for name, file in read_json(index)["weight_map"].items()}
-        else:
-            single = require_file(path / "model.safetensors")
-            self._files = dict.fromkeys(_open_safetensors(single).keys(), single)
-        self._open: dict[Path, safe_open] = {}
+        beside = path / VQGAN_FILE
+        self.vqgan_path = vqgan or (beside if beside.exists() else None)
+        self._sizes = {key.hf: key.size(self.shape) for key in keys(self.shape.layers)}
+        self._files = self._read_index()
+        self.verify(CHECK_BYTES)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def _read_index(self) -> dict[str, SafetensorsFile]:
+        """The file of each tensor; InputError where the index and the files do not agree."""
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            single = SafetensorsFile(self.path / "model.safetensors")
+            return dict.fromkeys(single.names(), single)
+        places = _parse(index, lambda spec: {name: str(file) for name, file in spec["weight_map"].items()})
+        files = {name: SafetensorsFile(self.path / name) for name in sorted(set(places.values()))}
+        there = {(name, file.path.name) for file in files.values() for name in file.names()}
+        for name, place in places.items():
+            if (name, place) not in there:
+                raise InputError(f"{self.path / place}: tensor {name} is missing, {index.name} says it is there")
+        for name, place in sorted(there - places.items()):
+            raise InputError(f"{self.path / place}: tensor {name}, which {index.name} does not list there")
+        return {name: files[place] for name, place in places.items()}
+
+    def verify(self, up_to_bytes: int | None = None) -> dict[Path, str]:
+        files = {file.path: file for file in self._files.values()}
+        if (self.path / DECODER_FILE).exists():
+            files[self.path / DECODER_FILE] = SafetensorsFile(self.path / DECODER_FILE)
+        limit = up_to_bytes if up_to_bytes is not None else math.inf
+        sums = {path: file.verify() for path, file in sorted(files.items()) if path.stat().st_size <= limit}
+        return {path: md5 for path, md5 in sums.items() if md5}
+
+    def check_names(self) -> None:
+        _check_names(self.path, list(self._sizes), [n for n in self._files if not n.startswith(VQ_PREFIX)])
+
+    def meta(self, name: str) -> torch.Tensor:
         if name not in self._files:
             raise InputError(f"{self.path}: tensor {name} is missing")
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open_safetensors(file)
-        try:
-            return self._open[file].get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{file}: tensor {name} cannot be read ({error})") from error
+        like = self._files[name].meta(name)
+        if name in self._sizes:
+            check_tensor(self._files[name].path, name, like, like.new_empty(self._sizes[name]))
+        return like
 
-    def vqgan_state(self) -> dict[str, torch.Tensor]:
+    def tensor(self, name: str) -> torch.Tensor:
+        self.meta(name)
+        return self._files[name].tensor(name)
+
+    def release(self) -> None:
+        for file in set(self._files.values()):
+            file.release()
+
+    def _read_vqgan(self) -> dict[str, torch.Tensor]:
         state = {n.removeprefix(VQ_PREFIX): self.tensor(n) for n in self._files if n.startswith(VQ_PREFIX)}
-        decoder = self.path / DECODER_FILE
-        if decoder.exists():
-            file = _open_safetensors(decoder)
-            state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        if self.vqgan_path:
+            given = read_vqgan(self.vqgan_path)
+            # Folders saved in 16 bits hold a rounded copy, which makes other codes; the file given is exact.
+            for name, tensor in state.items():
+                if name in given and not torch.equal(given[name].to(tensor.dtype), tensor):
+                    raise InputError(f"{self.vqgan_path}: {name} differs from that of {self.path}; another VQGAN")
+            return given
+        if (self.path / DECODER_FILE).exists():
+            decoder = SafetensorsFile(self.path / DECODER_FILE)
+            state.update({name: decoder.tensor(name) for name in decoder.names()})
         return state
 
 
-def load_pickle(path: Path) -> dict:
-    """A torch file as a dict of memory-mapped tensors, without running code; InputError if that cannot be done."""
-    try:
-        value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: cannot be read as plain tensors ({reason}); "
-            "if it is an old file, load it where you trust it and torch.save its state dict"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected a dict of tensors")
-    return value
+def read_vqgan(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a taming-transformers checkpoint, without the discriminator, which is left from its training."""
+    file = TorchFile(path, inside="state_dict")
+    return {name: file.tensor(name) for name in file.names() if not name.startswith("loss.")}
 
 
-def _open_safetensors(path: Path):
-    try:
-        return safe_open(require_file(path), framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({error})") from error
+def _check_names(where: Path, known: list[str], found: list[str]) -> None:
+    expected, there = set(known), set(found)
+    missing = next((name for name in known if name not in there), None)
+    if missing:
+        raise InputError(f"{where}: tensor {missing} is missing")
+    unexpected = next((name for name in found if name not in expected and not name.endswith(_COMPUTED)), None)
+    if unexpected:
+        raise InputError(f"{where}: tensor {unexpected} is unexpected, a Chameleon of this shape has none such")
 
 
 def _parse(path: Path, build):
     """Read a JSON or YAML description and build a config from it; InputError names the file and what is wrong."""
     try:
         spec = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else read_json(path)
-        return build(spec)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    try:
+        return build(spec)
     except KeyError as error:
         raise InputError(f"{path}: no entry {error}") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a model description ({error})") from error

@@ -1,157 +1,199 @@
 """Writing a checkpoint in either layout, from an open one; `medmax convert` is that and nothing else.
 
-Tensors are taken one by one from the memory-mapped source, optionally replaced (a merged adapter, trained weights),
-and put in the order of the target layout. The result is written under a temporary name and renamed.
+Tensors pass through one at a time: a part of the mapped source is put in the order of the target layout, appended to
+the target's files and let go, so memory is that of the largest tensor with what it is made of. Before anything is
+written, names, heads and disk space are checked. The result is written under a temporary name and renamed.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from medmax_fast.config import ConvertConfig
-from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, Checkpoint, open_checkpoint
-from medmax_fast.model.layout import interleave, keys
+from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, VQGAN_FILE, Checkpoint, open_checkpoint
+from medmax_fast.model.file_writers import SafetensorsWriter, TorchWriter, write_checklist
+from medmax_fast.model.layout import Disagreement, can_split, keys, to_chameleon
 from medmax_fast.model.load import hf_config
 from medmax_fast.model.vqgan import VQGAN
-from medmax_fast.runtime import InputError, atomic_path, hash_file, progress, require_new
+from medmax_fast.runtime import InputError, atomic_path, log, require_at_least, require_new
 from medmax_fast.vocab import PLACEHOLDER_NAMES
 
 # transformers' own limit for one safetensors file.
 SHARD_BYTES = 5 * 10**9
-
-Transform = Callable[[str, torch.Tensor], torch.Tensor]
+# What the folder holds beside the weights, generously.
+_OTHER_BYTES = 50 * 10**6
 
 
 def convert(config: ConvertConfig) -> dict:
     """Convert a checkpoint to the other layout (or copy it to the same one); returns a summary."""
-    source = open_checkpoint(config.input)
+    require_at_least(config, 0, "shards")
+    if config.shards and config.to == "hf":
+        raise InputError(f"--shards {config.shards}: only with --to chameleon; safetensors files hold 5 GB each")
+    require_new(config.output)
+    source = open_checkpoint(config.input, config.vqgan)
     source.verify()
-    write_checkpoint(source, config.output, config.to, average_qk_norm=config.average_qk_norm)
+    write_checkpoint(source, config.output, config.to, config.shards, config.average_qk_norm)
     return {"input": config.input, "layout": source.layout, "output": config.output, "to": config.to}
 
 
 def write_checkpoint(
-    source: Checkpoint,
-    output: str | Path,
-    layout: str,
-    transform: Transform | None = None,
-    average_qk_norm: bool = False,
+    source: Checkpoint, output: str | Path, layout: str, shards: int = 0, average_qk_norm: bool = False
 ) -> None:
     """Write `source` to a new folder in `layout` ("hf" or "chameleon").
 
-    transform(name, tensor): gives the tensor to write in place of the one read, both in Hugging Face names and
-    order. InputError if query/key norms differ between heads, which the Chameleon layout cannot hold, unless
-    `average_qk_norm`.
+    shards: files of the Chameleon layout (0: as many as the source had before it was converted). InputError if heads
+    that share a norm in the Chameleon layout do not agree on it, unless `average_qk_norm`; if the source lacks a
+    tensor or has one too many; if the disk is too small.
     """
     require_new(output)
-    transform = transform or (lambda _, tensor: tensor)
+    source.check_names()
+    vqgan = source.vqgan_state()
+    if not any(name.startswith("decoder.") for name in vqgan):
+        log(f"{source.path}: has no picture decoder, so the result cannot draw; --vqgan {VQGAN_FILE} gives it one")
+    _check_space(source, Path(output), vqgan)
+    if layout == "chameleon":
+        shards = shards or source.params.get("model_parallel_size") or 1
+        _check_heads(source, shards, average_qk_norm)
     with atomic_path(output) as folder:
         folder.mkdir()
         if layout == "hf":
-            _write_hf(source, folder, transform)
+            _write_hf(source, vqgan, folder)
         else:
-            _write_chameleon(source, folder, transform, average_qk_norm)
+            _write_chameleon(source, vqgan, folder, shards, average_qk_norm)
 
 
-def _write_chameleon(source: Checkpoint, folder: Path, transform: Transform, average: bool) -> None:
-    model, tokenizer = folder / "models" / "7b", folder / "tokenizer"
+def _check_space(source: Checkpoint, output: Path, vqgan: dict[str, torch.Tensor]) -> None:
+    needed = _OTHER_BYTES + sum(source.meta(name).nbytes for name in source.names())
+    needed += sum(tensor.nbytes for tensor in vqgan.values())
+    parent = next(p for p in output.absolute().parents if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{output}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+
+
+def _check_heads(source: Checkpoint, shards: int, average: bool) -> None:
+    """InputError if not every shard's heads agree on their norms, saying by how much at most, and what would help."""
+    if not can_split(source.shape, shards):
+        heads = f"{source.shape.heads} heads and {source.shape.kv_heads} key/value heads"
+        raise InputError(f"{source.path}: a model of {heads} cannot be cut into {shards} equal shards")
+    apart = {}
+    for key in keys(source.shape.layers):
+        if key.kind == "qk_norm" and not average:
+            try:
+                to_chameleon(key, source.tensor(key.hf), source.shape, shards)
+            except Disagreement as error:
+                apart[key.hf] = error.apart
+    if not apart:
+        return
+    worst = max(apart, key=apart.get)
+    differ = f"{source.path}: the heads of {len(apart)} query/key norms differ, by up to {apart[worst]:.3g} in {worst}"
+    for more in (2, 4, 8):
+        if more > shards and can_split(source.shape, more) and _agree_in(source, list(apart), more):
+            raise InputError(f"{differ}, and agree in {more} groups as in the shards of Chameleon-30B: --shards {more}")
+    raise InputError(f"{differ}; the Chameleon layout holds one vector for them, --average-qk-norm averages (lossy)")
+
+
+def _agree_in(source: Checkpoint, names: list[str], shards: int) -> bool:
+    table = {key.hf: key for key in keys(source.shape.layers)}
+    try:
+        for name in names:
+            to_chameleon(table[name], source.tensor(name), source.shape, shards)
+    except Disagreement:
+        return False
+    return True
+
+
+def _write_chameleon(
+    source: Checkpoint, vqgan: dict[str, torch.Tensor], folder: Path, shards: int, average: bool
+) -> None:
+    # The published names; nothing reads the size from them.
+    model, tokenizer = folder / "models" / ("7b" if shards == 1 else "30b"), folder / "tokenizer"
     model.mkdir(parents=True)
     tokenizer.mkdir()
-    # The published files carry an empty entry for the rotary frequencies.
-    state: dict[str, torch.Tensor | None] = {}
-    for key in progress(keys(source.shape.layers), "writing tensors"):
-        tensor = transform(key.hf, source.tensor(key.hf))
-        if key.kind == "rotary":
-            tensor = interleave(tensor, source.shape.head_dim)
-        elif key.kind == "qk_norm":
-            tensor = interleave(_shared_by_heads(key.hf, tensor, average))
-        state[key.chameleon] = tensor.contiguous().clone()
+    meta: dict[str, torch.Tensor | None] = {}
+    for key in keys(source.shape.layers):
+        meta[key.chameleon] = source.meta(key.hf).new_empty(key.part_size(source.shape, shards))
         if key.chameleon == "output.weight":
-            state["rope.freqs"] = None
-    torch.save(state, model / "consolidated.pth")
-    _write_json(model / "params.json", source.params)
-    _write_json(model / "consolidate_params.json", {"model_parallel_size": 1})
+            # The published files carry an empty entry for the rotary frequencies.
+            meta["rope.freqs"] = None
+    names = ["consolidated.pth"] if shards == 1 else [f"consolidated.{i:02d}.pth" for i in range(shards)]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(TorchWriter(model / name, meta)) for name in names]
+        for key in source.stream("writing tensors"):
+            _write_parts(writers, to_chameleon(key, source.tensor(key.hf), source.shape, shards, average))
+    same = source.params.get("model_parallel_size", 1) == shards
+    _write_json(model / "params.json", source.params if same else source.params | {"model_parallel_size": shards})
+    _write_json(model / "consolidate_params.json", {"model_parallel_size": shards})
     write_checklist(model)
-    vqgan = source.vqgan_state()
     with torch.device("meta"):
-        order = list(VQGAN(source.vq_config).state_dict())
-    vqgan = {name: vqgan[name].contiguous().clone() for name in sorted(vqgan, key=_position(order))}
-    torch.save({"state_dict": vqgan}, tokenizer / "vqgan.ckpt")
+        places = {name: i for i, name in enumerate(VQGAN(source.vq_config).state_dict())}
+    vqgan = {name: vqgan[name] for name in sorted(vqgan, key=lambda name: places.get(name, len(places)))}
+    meta = {name: tensor.to("meta") for name, tensor in vqgan.items()}
+    with TorchWriter(tokenizer / VQGAN_FILE, meta, inside="state_dict") as writer:
+        for tensor in vqgan.values():
+            writer.write(tensor)
     (tokenizer / "vqgan.yaml").write_text(yaml.safe_dump(source.vq_config.to_yaml()))
     for name, spelling in zip(("text_tokenizer.json", "text_tokenizer_modified.json"), PLACEHOLDER_NAMES, strict=True):
         _write_json(tokenizer / name, _spell_placeholder(source.tokenizer_path, spelling))
     write_checklist(tokenizer)
 
 
-def _position(order: list[str]) -> Callable[[str], int]:
-    places = {name: i for i, name in enumerate(order)}
-    return lambda name: places.get(name, len(order))
+def _write_parts(writers: list[TorchWriter], parts: list[torch.Tensor]) -> None:
+    """A part into each file; none is kept alive by a variable, which would keep its mapped file alive."""
+    for writer in writers:
+        writer.write(parts.pop(0))
 
 
-def _shared_by_heads(name: str, tensor: torch.Tensor, average: bool) -> torch.Tensor:
-    first = tensor[0]
-    if torch.equal(tensor, first.expand_as(tensor)):
-        return first
-    apart = (tensor.float() - first.float()).abs().max().item()
-    if not average:
-        raise InputError(
-            f"{name}: heads differ by up to {apart:.3g}, and the Chameleon layout holds one vector for all; "
-            "--average-qk-norm averages them (lossy)"
-        )
-    return tensor.float().mean(0).to(tensor.dtype)
-
-
-def _write_hf(source: Checkpoint, folder: Path, transform: Transform) -> None:
+def _write_hf(source: Checkpoint, vqgan: dict[str, torch.Tensor], folder: Path) -> None:
     config = hf_config(source)
     config.architectures = ["ChameleonForConditionalGeneration"]
-    vqgan = source.vqgan_state()
-    names = list(source.names())
-    config.dtype = source.tensor(names[0]).dtype
+    decoder = {name: vqgan.pop(name) for name in list(vqgan) if name.startswith("decoder.")}
+    encoder = {VQ_PREFIX + name: tensor for name, tensor in vqgan.items()}
+    meta = {name: source.meta(name) for name in source.names()}
+    config.dtype = next(iter(meta.values())).dtype
     config.save_pretrained(folder)
-    decoder = {name: vqgan.pop(name).contiguous() for name in list(vqgan) if name.startswith("decoder.")}
     if decoder:
-        save_file(decoder, folder / DECODER_FILE, metadata={"format": "pt"})
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    weight_map, written, size = {}, 0, 0
-
-    def flush() -> None:
-        # Named when all are known: transformers wants the total in every name.
-        save_file(shards.pop(), folder / f"part-{written:05d}.safetensors", metadata={"format": "pt"})
-
-    def tensors():
-        for name in names:
-            yield name, transform(name, source.tensor(name))
-        for name, tensor in vqgan.items():
-            yield VQ_PREFIX + name, tensor
-
-    for name, tensor in progress(tensors(), "writing tensors", len(names) + len(vqgan)):
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and sum(t.numel() * t.element_size() for t in shards[-1].values()) + nbytes > SHARD_BYTES:
-            flush()
-            shards.append({})
-            written += 1
-        shards[-1][name] = tensor.contiguous()
-        weight_map[name] = written
-        size += nbytes
-    flush()
-    _name_shards(folder, written + 1, weight_map, size)
+        _write_safetensors(folder / DECODER_FILE, decoder)
+    files = _plan_files(meta | {name: tensor.to("meta") for name, tensor in encoder.items()})
+    stream = source.stream("writing tensors")
+    for file, part in files.items():
+        with SafetensorsWriter(folder / file, part) as writer:
+            for name in part:
+                if name in encoder:
+                    writer.write(encoder[name])
+                else:
+                    assert next(stream).hf == name
+                    writer.write(source.tensor(name))
+    assert next(stream, None) is None
+    if len(files) > 1:
+        places = {name: file for file, part in files.items() for name in part}
+        size = sum(like.nbytes for part in files.values() for like in part.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "params.json", source.params)
     _write_hf_text_side(source, folder, config)
 
 
-def _name_shards(folder: Path, count: int, weight_map: dict[str, int], size: int) -> None:
-    if count == 1:
-        (folder / "part-00000.safetensors").rename(folder / "model.safetensors")
-        return
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for i, file in enumerate(files):
-        (folder / f"part-{i:05d}.safetensors").rename(folder / file)
-    index = {"metadata": {"total_size": size}, "weight_map": {name: files[i] for name, i in weight_map.items()}}
-    _write_json(folder / "model.safetensors.index.json", index)
+def _plan_files(meta: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each safetensors file, in their order, under transformers' names for several."""
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for name, like in meta.items():
+        if parts[-1] and sum(t.nbytes for t in parts[-1].values()) + like.nbytes > SHARD_BYTES:
+            parts.append({})
+        parts[-1][name] = like
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}
+
+
+def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with SafetensorsWriter(path, {name: tensor.to("meta") for name, tensor in tensors.items()}) as writer:
+        for tensor in tensors.values():
+            writer.write(tensor)
 
 
 def _write_hf_text_side(source: Checkpoint, folder: Path, config) -> None:
@@ -187,12 +229,6 @@ def _spell_placeholder(path: Path, spelling: str) -> dict:
         if token["content"] == old:
             token["content"] = spelling
     return spec
-
-
-def write_checklist(folder: Path) -> None:
-    """Record the md5 of every file of a folder in its checklist.chk, as the published checkpoints do."""
-    lines = [f"{hash_file(f, 'md5')}  {f.name}\n" for f in sorted(folder.iterdir()) if f.name != "checklist.chk"]
-    (folder / "checklist.chk").write_text("".join(lines))
 
 
 def _write_json(path: Path, value) -> None:

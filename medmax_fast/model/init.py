@@ -6,28 +6,32 @@ looked at. The tokenizer is a byte-level BPE learned from the sentences below, o
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medmax_fast.config import InitConfig
 from medmax_fast.model.checkpoint import Checkpoint
-from medmax_fast.model.convert import write_checklist
+from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.init_vqgan import colour_vqgan
-from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys
+from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys, to_hf
 from medmax_fast.model.load import load_model
 from medmax_fast.model.vqgan import VQConfig
-from medmax_fast.runtime import atomic_path, progress, require_new
-from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, PLACEHOLDER_NAMES, IdLayout, code_name
+from medmax_fast.runtime import require_new
+from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, IdLayout, code_name, read_vocab
 
 # One picture costs about 0.3 s to encode and 3 s to decode on two CPU cores at this width.
 TINY_VQ = VQConfig(ch=128, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=0, z_channels=8, embed_dim=8)
 REAL_VQ = VQConfig()
 TINY_TEXT_IDS = 1000
-REAL_VOCAB = 65536
-# See random_weights.
+SHAPES = {
+    # As many ids as the tokenizer learns.
+    "tiny": ModelShape(dim=128, layers=2, heads=4, kv_heads=4, hidden=352, vocab_size=0),
+    "7b": ModelShape(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11008, vocab_size=65536),
+}
+# See RandomCheckpoint.
 EMBEDDING_STD, HEAD_GAIN, LOCALITY = 0.2, 2.0, 1.2
 
 SENTENCES = """
@@ -50,115 +54,84 @@ def init(config: InitConfig) -> dict:
     require_new(config.dir)
     tiny = config.size == "tiny"
     generator = torch.Generator().manual_seed(config.seed)
-    tokenizer = make_tokenizer(None if tiny else REAL_VOCAB)
-    layout = IdLayout.from_vocab(tokenizer["model"]["vocab"])
-    shape, vq = _shape(config.size, layout.vocab_size), TINY_VQ if tiny else REAL_VQ
-    dtype = torch.float32 if tiny else torch.bfloat16
-    with atomic_path(config.dir) as folder:
-        model, text = folder / "models" / "7b", folder / "tokenizer"
-        model.mkdir(parents=True)
-        text.mkdir()
-        torch.save(random_weights(shape, dtype, generator), model / "consolidated.pth")
-        (model / "params.json").write_text(json.dumps(shape.to_params()))
-        (model / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": 1}))
-        write_checklist(model)
-        torch.save({"state_dict": colour_vqgan(vq, generator).state_dict()}, text / "vqgan.ckpt")
-        (text / "vqgan.yaml").write_text(yaml.safe_dump(vq.to_yaml()))
-        _write_tokenizers(text, tokenizer)
-        write_checklist(text)
-    parameters = sum(_rows_columns(key, shape)[0] * _rows_columns(key, shape)[1] for key in keys(shape.layers))
+    with tempfile.TemporaryDirectory() as folder:
+        dtype, vq_config = (torch.float32, TINY_VQ) if tiny else (torch.bfloat16, REAL_VQ)
+        checkpoint = RandomCheckpoint(Path(folder), SHAPES[config.size], generator, dtype, vq_config)
+        write_checkpoint(checkpoint, config.dir, "chameleon")
     return {
         "checkpoint": config.dir,
-        "parameters": parameters,
-        "layers": shape.layers,
-        "dim": shape.dim,
-        "vocabulary": shape.vocab_size,
+        "parameters": sum(checkpoint.meta(name).numel() for name in checkpoint.names()),
+        "layers": checkpoint.shape.layers,
+        "dim": checkpoint.shape.dim,
+        "vocabulary": checkpoint.shape.vocab_size,
     }
 
 
-def _shape(size: str, vocab_size: int) -> ModelShape:
-    if size == "tiny":
-        return ModelShape(dim=128, layers=2, heads=4, kv_heads=4, hidden=352, vocab_size=vocab_size)
-    return ModelShape(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11008, vocab_size=vocab_size)
+def random_model(size: str, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(model as load_model gives it, IdLayout): a RandomCheckpoint drawn on `device`, without files.
+
+    size: as in InitConfig. The same seed draws other values on another kind of device.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        generator = torch.Generator(device).manual_seed(seed)
+        checkpoint = RandomCheckpoint(Path(folder), SHAPES[size], generator, dtype)
+        layout = IdLayout.from_vocab(read_vocab(checkpoint.tokenizer_path))
+        return load_model(checkpoint, device, dtype), layout
 
 
-def _rows_columns(key: Key, shape: ModelShape) -> tuple[int, int]:
-    """Shape of a tensor in the Chameleon layout; vectors are (1, n)."""
-    name = key.chameleon.split(".", 2)[-1] if key.chameleon.startswith("layers.") else key.chameleon
-    kv = shape.kv_heads * shape.head_dim
-    matrices = {
-        "tok_embeddings.weight": (shape.vocab_size, shape.dim),
-        "output.weight": (shape.vocab_size, shape.dim),
-        "attention.wq.weight": (shape.dim, shape.dim),
-        "attention.wk.weight": (kv, shape.dim),
-        "attention.wv.weight": (kv, shape.dim),
-        "attention.wo.weight": (shape.dim, shape.dim),
-        "feed_forward.w1.weight": (shape.hidden, shape.dim),
-        "feed_forward.w3.weight": (shape.hidden, shape.dim),
-        "feed_forward.w2.weight": (shape.dim, shape.hidden),
-    }
-    return matrices.get(name, (1, shape.head_dim if key.kind == "qk_norm" else shape.dim))
-
-
-def random_weights(shape: ModelShape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """A state dict in the Chameleon layout: matrices of variance 1 / fan-in, norms of one, and what an adapter needs.
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are drawn when they are asked for: matrices of variance 1 / fan-in, norms of one, and
+    what an adapter needs.
 
     A random model that learns in two minutes, with all but its adapter frozen, takes three things (measured on the
     demo, where they raise the accuracy after the same steps from 45 to 75 %). Embeddings are small, so that what
     attention brings outweighs them. The first layer's query and key norms have a bias, which under rotary positions
     makes it attend to its neighbourhood: otherwise a question of ten ids drowns in an image of 1,024. And the head's
     rows are long enough for a state that points at one of them to stand out among all ids.
+
+    folder: where its tokenizer is written. shape: with as many ids as the tokenizer learns if vocab_size is 0.
+    generator: on the device where tensors are drawn.
     """
-    table = progress(keys(shape.layers), "random weights")
-    return {key.chameleon: _random_tensor(key, shape, dtype, generator) for key in table}
-
-
-def _random_tensor(key: Key, shape: ModelShape, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """One tensor of random_weights, on the generator's device."""
-    rows, columns = _rows_columns(key, shape)
-    options = {"dtype": dtype, "device": generator.device}
-    if rows > 1:
-        embeddings, _, head = GLOBAL_KEYS
-        std = EMBEDDING_STD if key == embeddings else columns**-0.5 * (HEAD_GAIN if key == head else 1.0)
-        return torch.empty(rows, columns, **options).normal_(0, std, generator=generator)
-    if key.chameleon.endswith(".bias"):
-        return torch.full((columns,), LOCALITY if key.chameleon.startswith("layers.0.") else 0.0, **options)
-    return torch.ones(columns, **options)
-
-
-def random_model(size: str, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
-    """(model as load_model gives it, IdLayout): weights as random_weights, drawn on `device`, without a checkpoint.
-
-    size: as in InitConfig. The same seed draws other values on another kind of device, and than `init` does.
-    """
-    tokenizer = make_tokenizer(None if size == "tiny" else REAL_VOCAB)
-    layout = IdLayout.from_vocab(tokenizer["model"]["vocab"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(json.dumps(tokenizer))
-        generator = torch.Generator(device).manual_seed(seed)
-        checkpoint = _RandomCheckpoint(path, _shape(size, layout.vocab_size), dtype, generator)
-        return load_model(checkpoint, device, dtype), layout
-
-
-class _RandomCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are drawn as they are asked for; it has no VQGAN."""
 
     layout = "random"
-    vq_config = TINY_VQ
 
-    def __init__(self, tokenizer_path: Path, shape: ModelShape, dtype: torch.dtype, generator: torch.Generator):
-        self.path = self.tokenizer_path = tokenizer_path
-        self.shape, self.params = shape, shape.to_params()
-        self._dtype, self._generator = dtype, generator
+    def __init__(
+        self,
+        folder: Path,
+        shape: ModelShape,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        vq_config: VQConfig = TINY_VQ,
+    ):
+        tokenizer = make_tokenizer(shape.vocab_size or None)
+        self.path, self.tokenizer_path = folder, folder / "tokenizer.json"
+        self.tokenizer_path.write_text(json.dumps(tokenizer))
+        self.shape = replace(shape, vocab_size=len(tokenizer["model"]["vocab"]))
+        self.params = self.shape.to_params()
+        self.vq_config = vq_config
+        self._generator, self._dtype = generator, dtype
         self._table = {key.hf: key for key in keys(shape.layers)}
 
+    def meta(self, name: str) -> torch.Tensor:
+        return torch.empty(self._table[name].size(self.shape), dtype=self._dtype, device="meta")
+
     def tensor(self, name: str) -> torch.Tensor:
-        # Rotary order does not matter here: rows are alike, and the biases of a norm are all the same.
-        value = _random_tensor(self._table[name], self.shape, self._dtype, self._generator)
-        if self._table[name].kind != "qk_norm":
-            return value
-        return value.expand(self.shape.heads if ".q_norm" in name else self.shape.kv_heads, -1)
+        key = self._table[name]
+        return to_hf(key, [self._draw(key)], self.shape)
+
+    def _draw(self, key: Key) -> torch.Tensor:
+        size = key.part_size(self.shape, 1)
+        options = {"dtype": self._dtype, "device": self._generator.device}
+        if len(size) == 2:
+            embeddings, _, head = GLOBAL_KEYS
+            std = EMBEDDING_STD if key == embeddings else size[1] ** -0.5 * (HEAD_GAIN if key == head else 1.0)
+            return torch.empty(size, **options).normal_(0, std, generator=self._generator)
+        if key.chameleon.endswith(".bias"):
+            return torch.full(size, LOCALITY if key.chameleon.startswith("layers.0.") else 0.0, **options)
+        return torch.ones(size, **options)
+
+    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+        return colour_vqgan(self.vq_config, self._generator).state_dict()
 
 
 def make_tokenizer(vocab_size: int | None) -> dict:
@@ -193,9 +166,3 @@ def make_tokenizer(vocab_size: int | None) -> dict:
         if not name.startswith("IMGIMG")
     ]
     return spec
-
-
-def _write_tokenizers(folder: Path, modified: dict) -> None:
-    plain = json.dumps(modified).replace(json.dumps(IMAGE_TEXT), json.dumps(PLACEHOLDER_NAMES[0]))
-    (folder / "text_tokenizer.json").write_text(plain)
-    (folder / "text_tokenizer_modified.json").write_text(json.dumps(modified))

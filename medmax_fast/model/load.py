@@ -6,7 +6,6 @@ import torch
 
 from medmax_fast.model import attention
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
-from medmax_fast.model.image_tokenizer import check_state
 from medmax_fast.model.layout import MAX_POSITIONS, ModelShape
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IdLayout, read_vocab
@@ -61,18 +60,23 @@ def load_model(path: str | Path | Checkpoint, device="cpu", dtype: torch.dtype =
     """ChameleonForConditionalGeneration with the checkpoint's weights, in eval mode.
 
     path: a folder in either layout (or an open Checkpoint). Weights go straight from the memory-mapped file to
-    (device, dtype). Every parameter is trainable-by-default, as transformers leaves it. InputError names a missing
-    or mis-shaped tensor. The forward pass takes packed batches: see loss.packed_hidden.
+    (device, dtype); on a CPU, in the dtype of the file, they stay views of it where the layouts agree: written to,
+    they become copies, and the file stays as it is. Every parameter is trainable-by-default, as transformers leaves
+    it. InputError names a missing, unexpected, mis-shaped or not finite tensor. The forward pass takes packed batches:
+    see loss.packed_hidden.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint.check_names()
     model = empty_model(checkpoint)
-    expected = model.state_dict()
-    assert set(expected) == set(checkpoint.names()), set(expected) ^ set(checkpoint.names())
-    state = {}
-    for name, meta in expected.items():
-        tensor = checkpoint.tensor(name)
-        check_state({name: tensor}, {name: meta}, checkpoint.path)
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    state, bounds = {}, []
+    for key in checkpoint.stream("loading"):
+        state[key.hf] = checkpoint.tensor(key.hf).to(device=device, dtype=dtype)
+        bounds.append(torch.stack(state[key.hf].aminmax()))
+    # One question to the device for all tensors.
+    finite = torch.stack(bounds).isfinite().all(1).tolist()
+    if not all(finite):
+        name = list(state)[finite.index(False)]
+        raise InputError(f"{checkpoint.path}: tensor {name} holds NaN or infinity in {dtype}")
     model.load_state_dict(state, assign=True)
     # Rotary frequencies are computed, not stored: built on the meta device they have no values yet.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

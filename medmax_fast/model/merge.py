@@ -1,116 +1,98 @@
-"""Merging a LoRA adapter into its base: W + scale * B A, in fp32, rounded once to the base's dtype.
+"""`medmax merge`: a LoRA adapter, or what a DeepSpeed folder holds, put into its base and written in either layout."""
 
-scale = alpha / rank (alpha / sqrt(rank) with rsLoRA), read per module from adapter_config.json with its rank and
-alpha patterns, as peft applies them.
-"""
-
-import math
-import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from medmax_fast.config import MergeConfig
 from medmax_fast.model.adapter import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
+from medmax_fast.model.checkpoint_base import Changed
 from medmax_fast.model.convert import write_checkpoint
-from medmax_fast.runtime import InputError, read_json, require_file
+from medmax_fast.model.files import SafetensorsFile, TorchFile
+from medmax_fast.model.trained import Trained
+from medmax_fast.model.zero import ZeroWeights, find_zero
+from medmax_fast.runtime import SETTINGS_FILE, InputError, pick_dtype, read_json
 
-PREFIX = "base_model.model."
+# peft's older format.
+PICKLED_FILE = "adapter_model.bin"
 
 
 def merge(config: MergeConfig) -> dict:
-    """Write the base checkpoint with the adapter merged in, in the layout of the base; returns a summary."""
-    base = open_checkpoint(config.ckpt)
+    """Write the base checkpoint with what was trained in its place; returns a summary."""
+    base = open_checkpoint(config.ckpt, config.vqgan)
     base.verify()
-    adapter = Adapter(find_adapter(config.adapter))
-    adapter.check_base(base)
-    write_checkpoint(base, config.output, base.layout, transform=adapter.apply)
-    return {"ckpt": config.ckpt, "adapter": str(adapter.path), "modules": len(adapter.modules), "output": config.output}
+    source, rules = open_trained(config.adapter)
+    # What was frozen is what the base holds, maybe in more bits.
+    names = [name for name in source.names() if name not in getattr(source, "frozen", ())]
+    trained = Trained(names, source.tensor, source.path, base, rules)
+    _check_base(source.path, rules, base)
+    layout = base.layout if config.to == "base" else config.to
+
+    def dtype(_: str, stored: torch.dtype) -> torch.dtype:
+        return stored if config.dtype == "base" else pick_dtype(config.dtype)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return trained.apply(name, tensor, dtype(name, tensor.dtype))
+
+    write_checkpoint(Changed(base, change, dtype, source.release), config.output, layout, config.shards)
+    return {
+        "ckpt": config.ckpt,
+        "adapter": str(source.path),
+        "modules": len(trained.lora),
+        "tensors": len(trained.whole) + len(trained.rows),
+        "to": layout,
+        "output": config.output,
+    }
 
 
-def find_adapter(path: str | Path) -> Path:
-    """The adapter folder itself, or the one inside a run folder."""
-    for folder in (Path(path), Path(path) / "adapter"):
+def open_trained(path: str | Path):
+    """(tensors, rules) of an adapter folder, a run folder that holds one, or a DeepSpeed checkpoint.
+
+    tensors has names(), tensor(name), release() and a path. rules: the adapter_config.json, or what corresponds to it.
+    """
+    path, zero = Path(path), find_zero(path)
+    for folder in (path, path / "adapter"):
+        files = [file for file in (folder / WEIGHTS_FILE, folder / PICKLED_FILE) if file.is_file()]
+        if (folder / CONFIG_FILE).is_file() and (files or not zero):
+            rules = read_rules(folder / CONFIG_FILE)
+            kind = TorchFile if files and files[0].name == PICKLED_FILE else SafetensorsFile
+            return kind(folder / (files[0].name if files else WEIGHTS_FILE)), rules
+    if zero:
+        return ZeroWeights(zero), _rules_beside(zero)
+    if (path / "model").is_dir():
+        raise InputError(f"{path}: a run that has trained a whole model, {path / 'model'}; nothing is to be merged")
+    steps = sorted((path / "checkpoints").glob("step-*"))
+    hint = f"; one of its checkpoints will do, such as {steps[-1]}" if steps else ""
+    raise InputError(f"{path}: neither adapter_config.json (there or in adapter/) nor DeepSpeed's files{hint}")
+
+
+def read_rules(path: Path) -> dict:
+    """An adapter_config.json; InputError for a kind of adapter that cannot be merged."""
+    rules = read_json(path)
+    if rules.get("peft_type") != "LORA":
+        raise InputError(f"{path.parent}: adapter of type {rules.get('peft_type')!r}, expected LORA")
+    for name in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "target_parameters"):
+        if rules.get(name):
+            raise InputError(f"{path.parent}: {path.name} sets {name}, which cannot be merged here")
+    return rules
+
+
+def _rules_beside(zero: Path) -> dict:
+    """The LoRA rules of a DeepSpeed checkpoint, from the folders around it: transformers' Trainer or `medmax train`."""
+    for folder in (zero, *zero.absolute().parents):
         if (folder / CONFIG_FILE).is_file():
-            return folder
-    raise InputError(f"{path}: no adapter_config.json there or in adapter/")
+            return read_rules(folder / CONFIG_FILE)
+        if (folder / SETTINGS_FILE).is_file():
+            settings = read_json(folder / SETTINGS_FILE).get("settings", {})
+            names = {"r": "lora_rank", "lora_alpha": "lora_alpha", "base_sha256": "ckpt"}
+            return {name: settings[recorded] for name, recorded in names.items() if recorded in settings}
+    return {}
 
 
-class Adapter:
-    """A peft LoRA adapter read from a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.config = read_json(path / CONFIG_FILE)
-        if self.config.get("peft_type") != "LORA":
-            raise InputError(f"{path}: adapter of type {self.config.get('peft_type')!r}, expected LORA")
-        for name in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"):
-            if self.config.get(name):
-                raise InputError(f"{path}: adapter_config.json sets {name}, which cannot be merged here")
-        try:
-            tensors = load_file(require_file(path / WEIGHTS_FILE))
-        except SafetensorError as error:
-            raise InputError(f"{path / WEIGHTS_FILE}: not a safetensors file ({error})") from error
-        # LoRA pairs by module, and whole weights (modules_to_save) by tensor name.
-        self.modules: dict[str, dict[str, torch.Tensor]] = {}
-        self.saved: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            plain = name.removeprefix(PREFIX)
-            module, _, part = plain.rpartition(".lora_")
-            if module and part in ("A.weight", "B.weight"):
-                self.modules.setdefault(module, {})[part[0]] = tensor
-            elif ".lora_" in plain:
-                raise InputError(f"{path}: tensor {name} is of a kind of LoRA that cannot be merged here")
-            else:
-                self.saved[plain.replace(".modules_to_save", "")] = tensor
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of B A for one module."""
-        expected = self._pattern("rank_pattern", module, self.config["r"])
-        if rank != expected:
-            raise InputError(f"{self.path}: {module} has rank {rank}, adapter_config.json says {expected}")
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def _pattern(self, table: str, module: str, default):
-        """peft's rule: the first pattern that matches the end of the module's name."""
-        for pattern, value in (self.config.get(table) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    def check_base(self, base: Checkpoint) -> None:
-        """InputError for an adapter made on another base or with modules that this one lacks."""
-        recorded = self.path / BASE_FILE
-        if recorded.exists() and read_json(recorded)["sha256"] != base.sha256():
-            raise InputError(f"{self.path}: trained on another base checkpoint than {base.path} (weights differ)")
-        names = set(base.names())
-        wanted = [f"{module}.weight" for module in self.modules] + list(self.saved)
-        unknown = next((name for name in wanted if name not in names), None)
-        if unknown:
-            raise InputError(f"{self.path}: adapts {unknown}, which {base.path} does not have")
-        for module, pair in self.modules.items():
-            if set(pair) != {"A", "B"}:
-                raise InputError(f"{self.path}: {module} lacks one of lora_A and lora_B")
-
-    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The merged tensor of a Hugging Face name, in the dtype of the base."""
-        if name in self.saved:
-            if self.saved[name].shape != tensor.shape:
-                found, wanted = tuple(self.saved[name].shape), tuple(tensor.shape)
-                raise InputError(f"{self.path}: {name} has shape {found}, the base {wanted}")
-            return self.saved[name].to(tensor.dtype)
-        pair = self.modules.get(name.removesuffix(".weight"))
-        if pair is None:
-            return tensor
-        a, b = pair["A"].float(), pair["B"].float()
-        if (b.shape[0], a.shape[1]) != tensor.shape or a.shape[0] != b.shape[1]:
-            found = (b.shape[0], a.shape[1])
-            raise InputError(
-                f"{self.path}: {name} would change by a matrix {found}, the base has {tuple(tensor.shape)}"
-            )
-        scale = self.scale(name.removesuffix(".weight"), a.shape[0])
-        return (tensor.float() + scale * (b @ a)).to(tensor.dtype)
+def _check_base(path: Path, rules: dict, base: Checkpoint) -> None:
+    """InputError if the base is not the one whose hash was recorded in training."""
+    beside = path.parent / BASE_FILE
+    recorded = read_json(beside)["sha256"] if beside.is_file() else rules.get("base_sha256")
+    if recorded and base.sha256("comparing with the adapter's base") != recorded:
+        raise InputError(f"{path.parent}: trained on another base checkpoint than {base.path} (weights differ)")

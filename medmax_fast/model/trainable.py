@@ -175,24 +175,6 @@ def _keep(_, operation, *arguments, **__):
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def trained_tensor(state: dict[str, torch.Tensor], name: str, like: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """A checkpoint tensor after training, in its own shape; `like` itself where nothing of it was trained.
-
-    state: trained weights of a PackedModel by its own names; name, like: a checkpoint tensor in Hugging Face names.
-    first: the first id of `rows` trained alone. Norms shared by heads are repeated per head.
-    """
-    module = PREFIX + name.removesuffix(".weight")
-    if f"{module}.rows" in state:
-        rows = state[f"{module}.rows"]
-        whole = like.to(rows.dtype, copy=True)
-        whole[first : first + len(rows)] = rows
-        return whole
-    tensor = state.get(PREFIX + name)
-    if tensor is None:
-        return like
-    return tensor if tensor.shape == like.shape else tensor.expand_as(like).contiguous()
-
-
 def empty_batch(device) -> dict:
     """A packed batch of one id and no target: a micro-batch for a rank that has run out of packs."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)

@@ -1,10 +1,10 @@
 """What a finished run leaves: the adapter or the model, the loss curve, the summary."""
 
-import torch
-
 from medmax_fast.model.adapter import save_adapter
+from medmax_fast.model.checkpoint_base import Changed
 from medmax_fast.model.convert import write_checkpoint
-from medmax_fast.model.trainable import EMBEDDINGS, HEAD, PREFIX, trained_tensor
+from medmax_fast.model.trainable import EMBEDDINGS, HEAD, PREFIX
+from medmax_fast.model.trained import Trained
 from medmax_fast.runtime import write_json
 from medmax_fast.training import engine as ds
 from medmax_fast.training.processes import on_first_rank
@@ -18,22 +18,19 @@ def finish(run: Run, base: str) -> dict:
     checkpoint in the layout of the base. All ranks call this and get the summary.
     """
     state = ds.trained_state(run.engine)
-    first = run.loader.store.layout.image_start
+    trained = Trained(state, state.__getitem__, run.folder.path, run.checkpoint)
     adapted = not run.config.full and run.config.lora_rank > 0
     path = run.folder.path / ("adapter" if adapted else "model")
-
-    def trained(name: str, like: torch.Tensor) -> torch.Tensor:
-        return trained_tensor(state, name, like, first)
 
     def write() -> dict:
         # Complete if there: an earlier run was stopped right after writing it.
         if not path.exists() and not adapted:
-            write_checkpoint(run.checkpoint, path, run.checkpoint.layout, trained)
+            write_checkpoint(Changed(run.checkpoint, trained.apply, trained.dtype), path, run.checkpoint.layout)
         elif not path.exists():
             lora = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if ".lora_" in name}
             chosen = {HEAD: run.config.head, EMBEDDINGS: run.config.embeddings}
             names = [f"{module}.weight" for module, rows in chosen.items() if rows != "none"]
-            saved = {name: trained(name, run.checkpoint.tensor(name)) for name in names}
+            saved = {name: trained.apply(name, run.checkpoint.tensor(name)) for name in names}
             save_adapter(lora, saved, path, run.config, base)
         return _summary(run, path)
 
