@@ -25,7 +25,7 @@ VQ_PREFIX = "model.vqmodel."
 _COMPUTED = ("rope.freqs", "rotary_emb.inv_freq")
 # Files up to this size are checked against their checksum whenever the folder is opened; larger ones when the
 # checkpoint is inspected, converted or merged (hashing 14 GB takes longer than loading it).
-CHECK_BYTES = 1 << 30
+CHECK_BYTES = 1 << 29
 
 
 def open_checkpoint(path: str | Path, vqgan: str | Path = "") -> Checkpoint:
