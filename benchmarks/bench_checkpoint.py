@@ -56,7 +56,7 @@ def measured(work, small: tuple, arguments: tuple) -> dict:
     most, done = [anonymous], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.02):
             most[0] = max(most[0], *status("RssAnon"))
 
     watcher = threading.Thread(target=watch)

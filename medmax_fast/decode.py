@@ -10,7 +10,6 @@ import numpy as np
 
 from medmax_fast.config import DecodeConfig
 from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
-from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import InputError, atomic_path, open_output, pick_device, progress, require_at_least
 
@@ -24,7 +23,7 @@ def decode_images(config: DecodeConfig) -> dict:
     start = time.monotonic()
     require_at_least(config, 1, "batch_size")
     files = code_files(config.input)
-    tokenizer = ImageTokenizer.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), pick_device(config.device))
+    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, pick_device(config.device), vqgan=config.vqgan)
     num_codes = tokenizer.vqgan.config.n_embed
     # What can be wrong is found before the first picture is drawn: every code, and a checkpoint without a decoder.
     paths = [path for file in files for names, _ in read_codes(file, num_codes) for path in names]

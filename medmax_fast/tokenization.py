@@ -27,7 +27,6 @@ from medmax_fast.data.feed import ImageLoader, load_ahead
 from medmax_fast.data.image_list import read_image_list
 from medmax_fast.data.shards import Contents, Shard, Shards, totals
 from medmax_fast.encoding import Encoding
-from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import (
     SETTINGS_FILE,
@@ -63,8 +62,7 @@ def tokenize_images(config: TokenizeConfig) -> dict:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     dali, gpu_decoder = pick_decoders(config, device)
-    checkpoint = open_checkpoint(config.ckpt, config.vqgan)
-    tokenizer = ImageTokenizer.from_checkpoint(checkpoint, device, precision, config.batch_size)
+    tokenizer = ImageTokenizer.from_checkpoint(config.ckpt, device, precision, config.batch_size, config.vqgan)
     settings = {
         **settings_of(config, "alpha", "depth16", "fast", "rows_per_shard"),
         "precision": precision,
@@ -82,7 +80,7 @@ def tokenize_images(config: TokenizeConfig) -> dict:
     encoding = Encoding(tokenizer, loader, batch_size, gpu_decoder)
     run = TokenizeRun(encoding, shards, contents, config.workers)
     if config.fast or precision != "fp32":
-        run.exact = lambda: ImageTokenizer.from_checkpoint(checkpoint, device, "fp32")
+        run.exact = lambda: ImageTokenizer.from_checkpoint(config.ckpt, device, "fp32", vqgan=config.vqgan)
     run.work()
     records = shards.records()
     seconds = totals(records)["seconds"]

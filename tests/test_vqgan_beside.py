@@ -142,6 +142,8 @@ def test_another_vqgan_is_refused_by_name(request, vqgan, tmp_path, capsys, part
     state[ANOTHER[part]].view(-1)[-1] *= 1 + 3 / 128
     torch.save({"state_dict": state}, tmp_path / "other.ckpt")
     source = str(request.getfixturevalue(folder))
+    # Making the folder may have said something.
+    capsys.readouterr()
     command = ["convert", "--input", source, "--output", str(tmp_path / "out"), "--to", "chameleon"]
     assert main([*command, "--vqgan", str(tmp_path / "other.ckpt")]) == 2
     error = capsys.readouterr().err

@@ -67,16 +67,24 @@ class ImageTokenizer:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path | Checkpoint, device="cpu", precision: str = "fp32", batch_size: int | None = None
+        cls,
+        path: str | Path | Checkpoint,
+        device="cpu",
+        precision: str = "fp32",
+        batch_size: int | None = None,
+        vqgan: str | Path = "",
     ) -> "ImageTokenizer":
-        """Load the VQGAN of a checkpoint, a folder or open; InputError if it is incomplete or mis-shaped."""
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        """Load the VQGAN of a checkpoint, a folder or open; InputError if it is incomplete or mis-shaped.
+
+        vqgan: of a folder, a vqgan.ckpt to be used in place of its own.
+        """
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, vqgan)
         state = checkpoint.vqgan_state()
         has_decoder = any(name.startswith("decoder.") for name in state)
         with torch.device("meta"):
-            vqgan = VQGAN(checkpoint.vq_config, decoder=has_decoder)
-        vqgan.load_state_dict({name: state[name].float() for name in vqgan.state_dict()}, assign=True)
-        return cls(vqgan, hash_state(state), device, precision, batch_size)
+            module = VQGAN(checkpoint.vq_config, decoder=has_decoder)
+        module.load_state_dict({name: state[name].float() for name in module.state_dict()}, assign=True)
+        return cls(module, hash_state(state), device, precision, batch_size)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int64 [N, 1024] of preprocessed pixels uint8 [N, 512, 512, 3]."""
