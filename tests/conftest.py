@@ -43,6 +43,17 @@ def golden_checkpoint(golden, tmp_path) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def hf(golden, tmp_path_factory) -> Path:
+    """The golden checkpoint in the Hugging Face layout; not to be changed."""
+    from medmax_fast.model.checkpoint import open_checkpoint
+    from medmax_fast.model.convert import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("golden") / "hf"
+    write_checkpoint(open_checkpoint(golden / "checkpoint"), folder, "hf")
+    return folder
+
+
 @pytest.fixture()
 def bf16_to_nearest(monkeypatch):
     """Triton's interpreter cuts fp32 to bf16; with this it rounds to nearest, as a GPU does."""

@@ -3,7 +3,6 @@
 import json
 import types
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,13 +10,6 @@ from medmax_fast.cli import main
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.runtime import hash_file
-
-
-@pytest.fixture(scope="module")
-def hf(golden, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("convert") / "hf"
-    assert main(["convert", "--input", str(golden / "checkpoint"), "--output", str(folder), "--to", "hf"]) == 0
-    return folder
 
 
 def logits(model, ids):

@@ -14,13 +14,6 @@ from medmax_fast.model.merge import merge, open_trained
 from medmax_fast.runtime import InputError
 
 
-@pytest.fixture(scope="module")
-def hf(golden, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("convert") / "hf"
-    assert main(["convert", "--input", str(golden / "checkpoint"), "--output", str(folder), "--to", "hf"]) == 0
-    return folder
-
-
 def logits(model, ids):
     with torch.no_grad():
         return model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state)
@@ -69,18 +62,14 @@ def test_merged_equals_unmerged(golden, hf, adapter, tmp_path, layout, rslora):
     assert (found - expected).abs().mean() < 0.05 * change
 
 
+def run_merge(golden, folder):
+    command = ["merge", "--ckpt", str(golden / "checkpoint"), "--adapter", str(folder)]
+    return main([*command, "--output", str(folder / "m")])
+
+
 def test_adapter_of_another_base_is_refused(golden, adapter, tmp_path):
     (tmp_path / "adapter" / "base.json").write_text(json.dumps({"sha256": "0" * 64}))
-    command = [
-        "merge",
-        "--ckpt",
-        str(golden / "checkpoint"),
-        "--adapter",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "m"),
-    ]
-    assert main(command) == 2
+    assert run_merge(golden, tmp_path) == 2
     assert not (tmp_path / "m").exists()
 
 
@@ -95,16 +84,7 @@ def test_adapter_of_another_base_is_refused(golden, adapter, tmp_path):
 def test_adapters_that_cannot_be_merged(golden, adapter, tmp_path, capsys, change, message):
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    command = [
-        "merge",
-        "--ckpt",
-        str(golden / "checkpoint"),
-        "--adapter",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "m"),
-    ]
-    assert main(command) == 2
+    assert run_merge(golden, tmp_path) == 2
     assert message in capsys.readouterr().err
 
 
@@ -193,4 +173,12 @@ def test_saved_modules_that_are_missing_are_named(golden, adapter, tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
     with pytest.raises(InputError, match="saves lm_head, and no tensor is for that"):
+        merge(MergeConfig(str(golden / "checkpoint"), str(tmp_path), str(tmp_path / "m")))
+
+
+def test_an_adapter_of_nothing_is_refused(golden, adapter, tmp_path):
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": []}))
+    with pytest.raises(InputError, match="no weight in it was trained"):
         merge(MergeConfig(str(golden / "checkpoint"), str(tmp_path), str(tmp_path / "m")))

@@ -18,16 +18,9 @@ from medmax_fast.runtime import InputError
 
 
 @pytest.fixture(scope="module")
-def whole(golden, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vqgan") / "hf"
-    assert main(["convert", "--input", str(golden / "checkpoint"), "--output", str(folder), "--to", "hf"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def without(whole):
-    """As stock folders are: no decoder, no checksums."""
-    folder = shutil.copytree(whole, whole.with_name("without"))
+def without(hf, tmp_path_factory):
+    """As stock folders are: no decoder."""
+    folder = shutil.copytree(hf, tmp_path_factory.mktemp("vqgan") / "without")
     (folder / DECODER_FILE).unlink()
     return folder
 
@@ -69,7 +62,7 @@ def test_no_decoder_no_picture(without, codes):
         tokenizer.decode(codes)
 
 
-@pytest.mark.parametrize("folder", ["whole", "without", "rounded"])
+@pytest.mark.parametrize("folder", ["hf", "without", "rounded"])
 def test_vqgan_given_draws_as_the_original(request, golden, vqgan, codes, pixels, folder):
     checkpoint = open_checkpoint(request.getfixturevalue(folder), vqgan)
     tokenizer = ImageTokenizer.from_checkpoint(checkpoint)

@@ -26,6 +26,8 @@ def merge(config: MergeConfig) -> dict:
     # What was frozen is what the base holds, maybe in more bits.
     names = [name for name in source.names() if name not in getattr(source, "frozen", ())]
     trained = Trained(names, source.tensor, source.path, base, rules)
+    if not (trained.lora or trained.whole or trained.rows):
+        raise InputError(f"{source.path}: no weight in it was trained, so there is nothing to merge")
     _check_base(source.path, rules, base)
     layout = base.layout if config.to == "base" else config.to
 

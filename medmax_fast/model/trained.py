@@ -26,7 +26,7 @@ _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 # Frozen copies that training keeps beside what it changes, and the picture encoder, which is never trained.
 _FROZEN = re.compile(r"model\.vqmodel\..*|.+\.(?:base_layer|original_module)\..+|.+\.(?:before|after)")
 # Elements of B A computed at a time.
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 
 
 class Trained:
