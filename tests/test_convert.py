@@ -1,6 +1,10 @@
 """Conversion in both directions, and merging, on the golden checkpoint."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import torch
@@ -75,3 +79,16 @@ def test_a_disk_that_is_too_small_is_noticed_first(golden, tmp_path, monkeypatch
     assert main(["convert", "--input", str(golden / "checkpoint"), "--output", str(out), "--to", "hf"]) == 2
     assert "out: needs 0.1 GB, 0.0 GB are free there" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_killed_at_any_moment_it_leaves_no_half_written_folder(golden, hf, tmp_path):
+    """kill -9 once the hidden folder exists; the same command then writes what it would have written."""
+    out = tmp_path / "out"
+    command = ["convert", "--input", str(hf), "--output", str(out), "--to", "chameleon"]
+    process = subprocess.Popen([sys.executable, "-m", "medmax_fast", *command], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".out.*.tmp")):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    assert main(command) == 0
+    assert hash_file(out / "models/7b/consolidated.pth") == hash_file(golden / "checkpoint/models/7b/consolidated.pth")

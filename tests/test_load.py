@@ -278,3 +278,14 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path, folders, capsys):
     assert "'llama', expected 'chameleon'" in error_of(capsys, ["inspect", tmp_path])
     error = error_of(capsys, ["inspect", folders["hf"], "--output", tmp_path / "out"])
     assert "--output" in error and "only for a token store" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_to_a_gpu_it_is_what_it_is_on_a_cpu(folders, dtype):
+    expected = load_model(folders["chameleon"], "cpu", dtype).state_dict()
+    for layout in LAYOUTS:
+        found = load_model(folders[layout], "cuda", dtype).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(t.is_cuda and t.dtype == dtype and torch.equal(t.cpu(), expected[n]) for n, t in found.items())

@@ -7,6 +7,7 @@ process's resident memory until then. Nothing that could run code is unpickled.
 import hashlib
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -131,6 +132,8 @@ def load_pickle(path: Path) -> dict:
     """A torch file as a dict of memory-mapped tensors, without running code; InputError if that cannot be done."""
     require_file(path)
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive as torch.save writes it since 1.6, or cut off")
         value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

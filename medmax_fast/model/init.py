@@ -131,7 +131,9 @@ class RandomCheckpoint(Checkpoint):
         return torch.ones(size, **options)
 
     def _read_vqgan(self) -> dict[str, torch.Tensor]:
-        return colour_vqgan(self.vq_config, self._generator).state_dict()
+        # A generator of its own, so that the weights do not depend on which is drawn first.
+        generator = torch.Generator().manual_seed(self._generator.initial_seed())
+        return colour_vqgan(self.vq_config, generator).state_dict()
 
 
 def make_tokenizer(vocab_size: int | None) -> dict:
