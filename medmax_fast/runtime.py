@@ -1,6 +1,7 @@
 """What every command needs and no other package owns: errors, atomic files, output folders, devices, progress."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -165,6 +166,16 @@ def rejection_limit(text: str | int, inputs: int) -> int:
 
 
 # ---- processes and devices ----
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library has a call for that (glibc's malloc_trim).
+
+    It keeps aligned blocks of less than 32 MiB, such as torch's, and often finds no use for one of the same size.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def rank_and_world() -> tuple[int, int]:

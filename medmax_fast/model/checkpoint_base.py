@@ -9,7 +9,7 @@ import torch
 from medmax_fast.model.files import bytes_of
 from medmax_fast.model.layout import Key, ModelShape, keys
 from medmax_fast.model.vqgan import VQGAN, VQConfig
-from medmax_fast.runtime import InputError, progress
+from medmax_fast.runtime import InputError, progress, trim_heap
 
 
 class Checkpoint:
@@ -56,9 +56,11 @@ class Checkpoint:
         largest, mapped = max(sizes.values()), 0
         # Whoever holds views from before keeps no more than what they touched.
         self.release()
+        trim_heap()
         for key in progress(keys(self.shape.layers), label):
             if mapped + sizes[key.hf] > largest // 2:
                 self.release()
+                trim_heap()
                 mapped = 0
             mapped += sizes[key.hf]
             yield key
