@@ -4,8 +4,8 @@ A synthetic bf16 checkpoint of 2 GB (`--quick`: a few MB) is converted, joined f
 Every measurement is a process of its own that first does the same with a small checkpoint, so that imports do not
 count. `peak_mb` is how far resident memory rose at most, pages of mapped files included; `anonymous_mb` the part that
 the system could not take back at will. `group_mb` is the largest tensor, twice where the target needs a changed copy of
-it beside its source: joined, cut or merged. Files are in the page cache on both sides; `stream` also compares the
-source's checksums and writes the target's, which the other forms do not.
+it beside its source: joined, cut or merged; of loading, the model in its dtype. Files are in the page cache on both
+sides; `stream` also compares the checksums of the source, writes those of the target, and waits for the disk.
 
 The other sides: transformers' from_pretrained (seconds up to the first logits, median of three, for both); whole state
 dicts in memory as in the published conversion; peft's merge_and_unload with save_pretrained. `same` compares the
@@ -199,25 +199,25 @@ LOADING = (
 
 def run(root: Path, shape: ModelShape, repeats: int) -> list[dict]:
     """All rows, in `root`, which needs about ten times the checkpoint's size."""
-    # bf16 takes two bytes.
-    group = 2 * max(math.prod(key.size(shape)) for key in keys(1))
+    sizes = [math.prod(key.size(shape)) for key in keys(shape.layers)]
     for size, of in (("small", SMALL), ("large", shape)):
         (root / size).mkdir()
         write_adapter(root / size / "adapter", of)
         ours_init(str(root / size / "four"), of, 4)
 
-    def row(what: str, form: str, work, names: tuple, more: tuple, copies: int) -> dict:
+    def row(what: str, form: str, work, names: tuple, more: tuple, group: int) -> dict:
         small, large = [(*(str(root / size / name) for name in names), *more) for size in ("small", "large")]
         found = alone(work, small, large)
         value = found.pop("value")
         figures = {name: round(figure, 2) for name, figure in found.items()}
-        figures["group_mb"] = round(copies * group / MB, 2)
-        figures["peak_by_group"] = round(found["peak_mb"] * MB / (copies * group), 2)
+        figures["group_mb"] = round(group / MB, 2)
+        figures["peak_by_group"] = round(found["peak_mb"] * MB / group, 2)
         return {"what": what, "form": form, **figures, "value": value}
 
     rows = []
     for what, form, work, names, more, copies in WRITING:
-        rows.append(row(what, form, work, names, more, copies))
+        # bf16 takes two bytes.
+        rows.append(row(what, form, work, names, more, copies * 2 * max(sizes)))
         paths = [str(root / "large" / name) for name in names]
         rows[-1]["same"] = worst_merge(*paths) if what == "merge LoRA" else bitwise(*paths)
         del rows[-1]["value"]
@@ -225,7 +225,7 @@ def run(root: Path, shape: ModelShape, repeats: int) -> list[dict]:
         expected = None
         for form, work, name in LOADING:
             what = f"load as {str(dtype).removeprefix('torch.')}"
-            timed = [row(what, form, work, (name,), (dtype,), 1) for _ in range(repeats)]
+            timed = [row(what, form, work, (name,), (dtype,), sum(sizes) * dtype.itemsize) for _ in range(repeats)]
             found = sorted(timed, key=lambda row: row["seconds"])[repeats // 2]
             logits = torch.tensor(found.pop("value"))
             expected = logits if expected is None else expected
