@@ -1,10 +1,10 @@
 """Runs that end themselves: what is said, which rows are named, and what is left behind."""
 
+import inspect
 import json
 import math
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +18,7 @@ import torch
 from medmax_fast.config import ScoreConfig, TrainConfig
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.store import TokenStore, write_store
+from medmax_fast.model.load import load_model
 from medmax_fast.model.trainable import PackedModel
 from medmax_fast.runtime import InputError, read_json, write_json
 from medmax_fast.score import score
@@ -63,20 +64,24 @@ def stores(tmp_path_factory, tokenizer):
     return sound, write_rows(folder / "marked", tokenizer, [plan.pack(2)[1]]), int(plan.pack(2)[1])
 
 
-@pytest.fixture(scope="module")
-def broken_checkpoint(golden, tmp_path_factory):
-    """The golden checkpoint with NaN as the embedding of RARE."""
-    folder = tmp_path_factory.mktemp("broken") / "checkpoint"
-    shutil.copytree(golden / "checkpoint", folder, copy_function=shutil.copyfile)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    (file,) = folder.rglob("consolidated*.pth")
-    state = torch.load(file, weights_only=True)
-    state["tok_embeddings.weight"][RARE] = math.nan
-    # It has the sums of the files as they were.
-    (file.parent / "checklist.chk").unlink()
-    torch.save(state, file)
-    return folder
+def break_embedding():
+    """From now on models come with NaN as the embedding of RARE; of a checkpoint it would be refused."""
+    import medmax_fast.train as module
+
+    load = module.load_model
+
+    def broken(*arguments):
+        model = load(*arguments)
+        model.model.embed_tokens.weight.data[RARE] = math.nan
+        return model
+
+    module.load_model = broken
+
+
+@pytest.fixture()
+def broken_embedding(monkeypatch):
+    monkeypatch.setattr("medmax_fast.train.load_model", load_model)
+    break_embedding()
 
 
 @pytest.fixture()
@@ -133,11 +138,11 @@ CASES = [
 
 @pytest.mark.parametrize(("zero", "full", "log_every", "precision"), CASES)
 def test_a_row_with_a_loss_that_is_no_number_ends_the_run(
-    config, stores, broken_checkpoint, weights, zero, full, log_every, precision
+    config, stores, broken_embedding, weights, zero, full, log_every, precision
 ):
     _, store, row = stores
     options = dict(zero=zero, full=full, log_every=log_every, precision=precision)
-    config = replace(config, data=str(store.path), ckpt=str(broken_checkpoint), **options)
+    config = replace(config, data=str(store.path), **options)
     with pytest.raises(InputError) as error:
         train(config)
     assert str(error.value) == (
@@ -335,12 +340,13 @@ def test_the_step_named_is_the_first_beyond_the_limit():
     assert recorded[0]["step"] == 37
 
 
-def test_two_ranks_end_alike_also_the_one_without_rows(config, tokenizer, broken_checkpoint, tmp_path):
+def test_two_ranks_end_alike_also_the_one_without_rows(config, tokenizer, tmp_path):
     """The broken row is in the one pack of the epoch's last step; each process is its own, so that none is killed."""
     plan = PackedLoader(TokenStore(config.data), PACK_LENGTH, 2, 0).plan(0)
     store = write_rows(tmp_path / "store", tokenizer, [plan.pack(4)[1]])
-    config = replace(config, data=str(store.path), ckpt=str(broken_checkpoint), log_every=5, zero=3)
-    command = [sys.executable, "-m", "medmax_fast", "train"]
+    config = replace(config, data=str(store.path), log_every=5, zero=3)
+    source = f"import math\nRARE = {RARE}\n{inspect.getsource(break_embedding)}\nbreak_embedding()\n"
+    command = [sys.executable, "-c", f"{source}from medmax_fast.cli import entry\nentry()", "train"]
     for name in (
         "data",
         "ckpt",
