@@ -104,8 +104,12 @@ def test_native_rows_equal_the_reference():
 
     @settings(max_examples=80, deadline=None)
     @given(st.lists(row_specs, max_size=7), st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from(["i4", "i8"]))
-    # Ready rows, one with an id that does not exist, are rare among the random ones.
+    # Rare among the random ones: ready rows, one with an id that does not exist; a code beyond the codebook.
     @example([([8712, 8713], 0, 0), ([8712, -1], 0, 0)], 0, 0, "i8")
+    @example([([8711] * 3, 0, 5)] * 4, 2, 0, "i8")
+    # And the others: rows without, with one and with two images; one image too few, an image's id, one that is none.
+    @example([([8712], 0, 5), ([8711], 0, 5), ([8711] * 2, 0, 5)], 0, 0, "i8")
+    @example([([8711] * 2, -1, 5), ([5], 0, 5), ([-1], 0, 5)], 0, 0, "i8")
     def compare(specs, seed, threads, text_type):
         draw = np.random.default_rng(seed)
         table = draw.integers(0, 8192, (5, IMAGE_CODES)).astype(np.uint16)
