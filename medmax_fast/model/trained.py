@@ -1,8 +1,8 @@
 """What training has made of a base checkpoint's tensors: whole tensors, rows of them, LoRA pairs to be merged.
 
 A merged weight is W + scale * B A, summed in fp32 and rounded once to its dtype, so it is off by half a unit in the
-last place at most. scale = alpha / rank (alpha / sqrt(rank) with rsLoRA), read per module from adapter_config.json with
-its rank and alpha patterns, as peft applies them. B A is computed in blocks of rows.
+last place and by the error of the fp32 sum. scale = alpha / rank (alpha / sqrt(rank) with rsLoRA), read per module from
+adapter_config.json with its rank and alpha patterns, as peft applies them. B A is computed in blocks of rows.
 """
 
 import math
