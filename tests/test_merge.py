@@ -182,3 +182,16 @@ def test_an_adapter_of_nothing_is_refused(golden, adapter, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": []}))
     with pytest.raises(InputError, match="no weight in it was trained"):
         merge(MergeConfig(str(golden / "checkpoint"), str(tmp_path), str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--to", "hf", "--shards", "4"], "--shards 4: only with --to chameleon"),
+        (["--shards", "-1"], "--shards -1: expected 0 or more"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(golden, adapter, tmp_path, capsys, change, message):
+    command = ["merge", "--ckpt", str(golden / "checkpoint"), "--adapter", str(tmp_path)]
+    assert main([*command, "--output", str(tmp_path / "m"), *change]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "m").exists()

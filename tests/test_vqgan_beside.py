@@ -128,7 +128,7 @@ ANOTHER = {"codebook": "quantize.embedding.weight", "encoder": "encoder.mid.bloc
 
 
 @pytest.mark.parametrize("part", ANOTHER)
-@pytest.mark.parametrize("folder", ["without", "rounded"])
+@pytest.mark.parametrize("folder", ["without", "rounded", "golden_checkpoint"])
 def test_another_vqgan_is_refused_by_name(request, vqgan, tmp_path, capsys, part, folder):
     state = state_of(vqgan)
     # Three units in bf16's last place, which rounding does not hide.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from medmax_fast.model.checkpoint_base import Checkpoint, check_tensor
+from medmax_fast.model.checkpoint_base import Checkpoint, check_tensor, read_vqgan
 from medmax_fast.model.files import SafetensorsFile, TorchFile, check_files
 from medmax_fast.model.layout import Disagreement, Key, ModelShape, keys, to_hf
 from medmax_fast.model.vqgan import VQConfig
@@ -58,7 +58,7 @@ class ChameleonCheckpoint(Checkpoint):
         self.shape = _parse(self.model_path / "params.json", ModelShape.from_params)
         self.params = read_json(self.model_path / "params.json")
         self.vq_config = _parse(require_file(path / "tokenizer" / "vqgan.yaml"), VQConfig.from_yaml)
-        self.vqgan_path = vqgan or path / "tokenizer" / VQGAN_FILE
+        self.vqgan_path, self._vqgan_home = vqgan, path / "tokenizer" / VQGAN_FILE
         self.tokenizer_path = path / "tokenizer" / "text_tokenizer_modified.json"
         if not self.tokenizer_path.exists():
             self.tokenizer_path = require_file(path / "tokenizer" / "text_tokenizer.json")
@@ -113,8 +113,8 @@ class ChameleonCheckpoint(Checkpoint):
         for shard in self.shards:
             shard.release()
 
-    def _read_vqgan(self) -> dict[str, torch.Tensor]:
-        return read_vqgan(self.vqgan_path)
+    def _own_vqgan(self) -> dict[str, torch.Tensor]:
+        return {} if self.vqgan_path and not self._vqgan_home.exists() else read_vqgan(self._vqgan_home)
 
 
 class HFCheckpoint(Checkpoint):
@@ -182,25 +182,12 @@ class HFCheckpoint(Checkpoint):
         for file in set(self._files.values()):
             file.release()
 
-    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+    def _own_vqgan(self) -> dict[str, torch.Tensor]:
         state = {n.removeprefix(VQ_PREFIX): self.tensor(n) for n in self._files if n.startswith(VQ_PREFIX)}
-        if self.vqgan_path:
-            given = read_vqgan(self.vqgan_path)
-            # Folders saved in 16 bits hold a rounded copy, which makes other codes; the file given is exact.
-            for name, tensor in state.items():
-                if name in given and not torch.equal(given[name].to(tensor.dtype), tensor):
-                    raise InputError(f"{self.vqgan_path}: {name} differs from that of {self.path}; another VQGAN")
-            return given
         if (self.path / DECODER_FILE).exists():
             decoder = SafetensorsFile(self.path / DECODER_FILE)
             state.update({name: decoder.tensor(name) for name in decoder.names()})
         return state
-
-
-def read_vqgan(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a taming-transformers checkpoint, without the discriminator, which is left from its training."""
-    file = TorchFile(path, inside="state_dict")
-    return {name: file.tensor(name) for name in file.names() if not name.startswith("loss.")}
 
 
 def _check_names(where: Path, known: list[str], found: list[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from medmax_fast.model.files import bytes_of
+from medmax_fast.model.files import TorchFile, bytes_of
 from medmax_fast.model.layout import Key, ModelShape, keys
 from medmax_fast.model.vqgan import VQGAN, VQConfig
 from medmax_fast.runtime import InputError, progress, trim_heap
@@ -24,6 +24,8 @@ class Checkpoint:
     params: dict
     # A taming-transformers VQGAN to be used instead of what the folder holds of one.
     vqgan_path: Path | None = None
+    # The file of the folder's own, where that is one file.
+    _vqgan_home: Path | None = None
 
     def names(self) -> Iterator[str]:
         """Hugging Face names of the language-model tensors, in the order of the table."""
@@ -71,7 +73,15 @@ class Checkpoint:
 
         InputError if one is missing or mis-shaped.
         """
-        state, where = self._read_vqgan(), self.vqgan_path or self.path
+        state, where = self._own_vqgan(), self._vqgan_home or self.path
+        if self.vqgan_path:
+            given = read_vqgan(self.vqgan_path)
+            # Folders saved in 16 bits hold a rounded copy, which makes other codes; the file given is exact.
+            for name, tensor in state.items():
+                same = name not in given or torch.equal(given[name].to(tensor.dtype), tensor)
+                if not same and not name.startswith("decoder."):
+                    raise InputError(f"{self.vqgan_path}: {name} differs from that of {self.path}; another VQGAN")
+            state, where = given, self.vqgan_path
         with torch.device("meta"):
             vqgan = VQGAN(self.vq_config, decoder=any(name.startswith("decoder.") for name in state))
         for name, like in vqgan.state_dict().items():
@@ -80,7 +90,8 @@ class Checkpoint:
             check_tensor(where, name, state[name], like.to(state[name].dtype))
         return state
 
-    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+    def _own_vqgan(self) -> dict[str, torch.Tensor]:
+        """What the folder itself holds of a VQGAN, not checked."""
         raise NotImplementedError
 
     def check_names(self) -> None:
@@ -130,11 +141,17 @@ class Changed(Checkpoint):
         self._base.release()
         self._release()
 
-    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+    def _own_vqgan(self) -> dict[str, torch.Tensor]:
         return self._base.vqgan_state()
 
     def check_names(self) -> None:
         self._base.check_names()
+
+
+def read_vqgan(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a taming-transformers checkpoint, without the discriminator, which is left from its training."""
+    file = TorchFile(path, inside="state_dict")
+    return {name: file.tensor(name) for name in file.names() if not name.startswith("loss.")}
 
 
 def hash_tensor(digest, name: str, tensor: torch.Tensor) -> None:

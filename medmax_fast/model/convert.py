@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from medmax_fast.config import ConvertConfig
+from medmax_fast.config import ConvertConfig, MergeConfig
 from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, VQGAN_FILE, Checkpoint, open_checkpoint
 from medmax_fast.model.file_writers import SafetensorsWriter, TorchWriter, write_checklist
 from medmax_fast.model.layout import Disagreement, can_split, keys, to_chameleon
@@ -30,14 +30,19 @@ _OTHER_BYTES = 50 * 10**6
 
 def convert(config: ConvertConfig) -> dict:
     """Convert a checkpoint to the other layout (or copy it to the same one); returns a summary."""
-    require_at_least(config, 0, "shards")
-    if config.shards and config.to == "hf":
-        raise InputError(f"--shards {config.shards}: only with --to chameleon; safetensors files hold 5 GB each")
-    require_new(config.output)
+    check_target(config, config.to)
     source = open_checkpoint(config.input, config.vqgan)
     source.verify()
     write_checkpoint(source, config.output, config.to, config.shards, config.average_qk_norm)
     return {"input": config.input, "layout": source.layout, "output": config.output, "to": config.to}
+
+
+def check_target(config: ConvertConfig | MergeConfig, layout: str) -> None:
+    """InputError for an output that exists, or for shards that `layout` cannot have; before anything large is read."""
+    require_at_least(config, 0, "shards")
+    if config.shards and layout == "hf":
+        raise InputError(f"--shards {config.shards}: only with --to chameleon; safetensors files hold 5 GB each")
+    require_new(config.output)
 
 
 def write_checkpoint(
@@ -80,31 +85,27 @@ def _check_heads(source: Checkpoint, shards: int, average: bool) -> None:
     if not can_split(source.shape, shards):
         heads = f"{source.shape.heads} heads and {source.shape.kv_heads} key/value heads"
         raise InputError(f"{source.path}: a model of {heads} cannot be cut into {shards} equal shards")
-    apart = {}
-    for key in keys(source.shape.layers):
-        if key.kind == "qk_norm" and not average:
-            try:
-                to_chameleon(key, source.tensor(key.hf), source.shape, shards)
-            except Disagreement as error:
-                apart[key.hf] = error.apart
+    apart = {} if average else _disagreements(source, shards)
     if not apart:
         return
     worst = max(apart, key=apart.get)
     differ = f"{source.path}: the heads of {len(apart)} query/key norms differ, by up to {apart[worst]:.3g} in {worst}"
     for more in (2, 4, 8):
-        if more > shards and can_split(source.shape, more) and _agree_in(source, list(apart), more):
+        if more > shards and can_split(source.shape, more) and not _disagreements(source, more):
             raise InputError(f"{differ}, and agree in {more} groups as in the shards of Chameleon-30B: --shards {more}")
     raise InputError(f"{differ}; the Chameleon layout holds one vector for them, --average-qk-norm averages (lossy)")
 
 
-def _agree_in(source: Checkpoint, names: list[str], shards: int) -> bool:
-    table = {key.hf: key for key in keys(source.shape.layers)}
-    try:
-        for name in names:
-            to_chameleon(table[name], source.tensor(name), source.shape, shards)
-    except Disagreement:
-        return False
-    return True
+def _disagreements(source: Checkpoint, shards: int) -> dict[str, float]:
+    """By how much heads differ that would share a norm in so many shards, by the norm's name."""
+    apart = {}
+    for key in keys(source.shape.layers):
+        if key.kind == "qk_norm":
+            try:
+                to_chameleon(key, source.tensor(key.hf), source.shape, shards)
+            except Disagreement as error:
+                apart[key.hf] = error.apart
+    return apart
 
 
 def _write_chameleon(

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medmax_fast.kernels.resample import plan_resample, resample
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
+from medmax_fast.model.checkpoint_base import hash_tensor
 from medmax_fast.model.vqgan import VQGAN
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES
@@ -216,7 +217,5 @@ def hash_state(state: dict[str, torch.Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes of what makes codes: all tensors but the decoder's."""
     digest = hashlib.sha256()
     for name in sorted(n for n in state if not n.startswith(("decoder.", "post_quant_conv."))):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        hash_tensor(digest, name, state[name])
     return digest.hexdigest()

@@ -130,7 +130,7 @@ class RandomCheckpoint(Checkpoint):
             return torch.full(size, LOCALITY if key.chameleon.startswith("layers.0.") else 0.0, **options)
         return torch.ones(size, **options)
 
-    def _read_vqgan(self) -> dict[str, torch.Tensor]:
+    def _own_vqgan(self) -> dict[str, torch.Tensor]:
         # A generator of its own, so that the weights do not depend on which is drawn first.
         generator = torch.Generator().manual_seed(self._generator.initial_seed())
         return colour_vqgan(self.vq_config, generator).state_dict()

@@ -8,7 +8,7 @@ from medmax_fast.config import MergeConfig
 from medmax_fast.model.adapter import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.checkpoint_base import Changed
-from medmax_fast.model.convert import write_checkpoint
+from medmax_fast.model.convert import check_target, write_checkpoint
 from medmax_fast.model.files import SafetensorsFile, TorchFile
 from medmax_fast.model.trained import Trained
 from medmax_fast.model.zero import ZeroWeights, find_zero
@@ -21,6 +21,8 @@ PICKLED_FILE = "adapter_model.bin"
 def merge(config: MergeConfig) -> dict:
     """Write the base checkpoint with what was trained in its place; returns a summary."""
     base = open_checkpoint(config.ckpt, config.vqgan)
+    layout = base.layout if config.to == "base" else config.to
+    check_target(config, layout)
     base.verify()
     source, rules = open_trained(config.adapter)
     # What was frozen is what the base holds, maybe in more bits.
@@ -29,7 +31,6 @@ def merge(config: MergeConfig) -> dict:
     if not (trained.lora or trained.whole or trained.rows):
         raise InputError(f"{source.path}: no weight in it was trained, so there is nothing to merge")
     _check_base(source.path, rules, base)
-    layout = base.layout if config.to == "base" else config.to
 
     def dtype(_: str, stored: torch.dtype) -> torch.dtype:
         return stored if config.dtype == "base" else pick_dtype(config.dtype)
