@@ -14,6 +14,9 @@ dweight, where it is wanted, is the same on every run: each of at most PROGRAMS 
 in turn (the number depends on no device) and leaves its fp32 sum in a slot of its own, 4 C bytes; torch adds the slots
 up. No atomics. With a frozen weight (LoRA) there are neither slots nor sums, and a program for every tile of rows.
 
+`add_rms_norm_`, for inference, first adds what a layer returns to the residual stream, in place and in the same pass: 8
+bytes per value (x and delta read, x and y written) against 6 of an addition and 4 of the norm, and one launch.
+
 Precision: fp32 inside, each result rounded once. ChameleonRMSNorm rounds x' to x's dtype before the weight, and the
 product again: in 16 bits the results differ, and these are the more exact ones; in fp32 only the order of the sum is
 the kernel's own.
@@ -43,6 +46,13 @@ MAX_C = 8192
 if triton is not None:
 
     @triton.jit
+    def _normalise(x, weight_ptr, c, eps, C: tl.constexpr):
+        """Rows over their root mean square, times the weight, and the inverse of that root; all in fp32."""
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)
+        weight = tl.load(weight_ptr + c[None, :], mask=(c < C)[None, :], other=0.0).to(tl.float32)
+        return x * rstd[:, None] * weight, rstd
+
+    @triton.jit
     def _rms_norm_kernel(
         x_ptr,
         weight_ptr,
@@ -59,12 +69,36 @@ if triton is not None:
         c = tl.arange(0, BLOCK_C)
         mask = (r < R)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + r[:, None] * stride_xr + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)
-        weight = tl.load(weight_ptr + c[None, :], mask=(c < C)[None, :], other=0.0).to(tl.float32)
-        y = x * rstd[:, None] * weight
+        y, rstd = _normalise(x, weight_ptr, c, eps, C)
         tl.store(out_ptr + r[:, None] * C + c[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
         if rstd_ptr is not None:
             tl.store(rstd_ptr + r, rstd, mask=r < R)
+
+    @triton.jit
+    def _add_rms_norm_kernel(
+        x_ptr,
+        delta_ptr,
+        weight_ptr,
+        out_ptr,
+        R,
+        stride_xr,
+        stride_dr,
+        eps,
+        C: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        c = tl.arange(0, BLOCK_C)
+        mask = (r < R)[:, None] & (c < C)[None, :]
+        x_at = r[:, None] * stride_xr + c[None, :]
+        x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(delta_ptr + r[:, None] * stride_dr + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        # The norm is that of the sum as it is stored.
+        x = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + x_at, x, mask=mask)
+        y, _rstd = _normalise(x.to(tl.float32), weight_ptr, c, eps, C)
+        tl.store(out_ptr + r[:, None] * C + c[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rms_norm_backward_kernel(
@@ -111,6 +145,11 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     x_wide = x.to(wide)
     rstd = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
     return (x_wide * rstd * weight.to(wide)).to(x.dtype)
+
+
+def add_rms_norm_ref_(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x.add_(delta), then the norm of it; arguments as `add_rms_norm_`."""
+    return rms_norm_ref(x.add_(delta), weight, eps)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -185,6 +224,45 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str = "aut
     dtype of what they belong to. Without a gradient wanted nothing is kept. Raises ValueError for shapes, dtypes or
     devices that do not fit and RuntimeError where impl="triton" cannot run.
     """
+    fused = _check(x, weight, impl)
+    if not fused or x.numel() == 0:
+        return rms_norm_ref(x, weight, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    return _forward_triton(x, weight, eps, keep_rstd=False)[0]
+
+
+def add_rms_norm_(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, impl: str = "auto"
+) -> torch.Tensor:
+    """x += delta in place, rounded to x's dtype, and RMSNorm of the sum: a residual connection and the norm after it.
+
+    x, delta: [..., C], alike in shape, dtype and device, not overlapping; the kernel wants x in rows that it reaches
+    with one stride (delta is copied where it is not). weight, eps and impl as in `rms_norm`.
+
+    Returns y of x's shape and dtype, contiguous from the kernel. For inference: no gradient comes back from the kernel,
+    which may be captured in a CUDA graph. Raises what `rms_norm` does, ValueError for rows of x that it cannot reach.
+    """
+    fused = _check(x, weight, impl)
+    if delta.shape != x.shape or delta.dtype != x.dtype or delta.device != x.device:
+        found = f"delta {list(delta.shape)} of {delta.dtype} on {delta.device}"
+        raise ValueError(f"{found}: expected {list(x.shape)} of {x.dtype} on {x.device}")
+    if not fused or x.numel() == 0:
+        return add_rms_norm_ref_(x, delta, weight, eps)
+    rows, delta_rows, plan = _rows(x), _rows(delta), _plan(x.shape[-1])
+    R, C = rows.shape
+    if rows.data_ptr() != x.data_ptr() or (R > 1 and rows.stride(0) < C):
+        raise ValueError(f"input of strides {x.stride()}: expected rows of contiguous values with one stride, apart")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    strides = rows.stride(0), delta_rows.stride(0)
+    with torch.cuda.device_of(x):
+        grid = (triton.cdiv(R, plan["BLOCK_R"]),)
+        _add_rms_norm_kernel[grid](rows, delta_rows, weight.contiguous(), out, R, *strides, eps, **plan)
+    return out
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, impl: str) -> bool:
+    """Whether the kernel is to run; raises ValueError for inputs that no path takes."""
     if x.ndim == 0 or x.shape[-1] == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(f"input {list(x.shape)}, weight {list(weight.shape)}: expected [..., C], [C] with C >= 1")
     if x.dtype not in (*FLOAT_DTYPES, torch.float64) or weight.dtype not in (x.dtype, torch.float32):
@@ -196,9 +274,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str = "aut
     if fused and (x.dtype not in FLOAT_DTYPES or x.shape[-1] > MAX_C):
         if impl == "triton":
             raise ValueError(f"impl='triton': {x.dtype} rows of {x.shape[-1]}, expected {MAX_C} at most, 16 or 32 bits")
-        fused = False
-    if not fused or x.numel() == 0:
-        return rms_norm_ref(x, weight, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
-    return _forward_triton(x, weight, eps, keep_rstd=False)[0]
+        return False
+    return fused

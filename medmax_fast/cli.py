@@ -96,9 +96,15 @@ def _plain_type(kind) -> type:
 
 
 def print_result(result: dict) -> None:
-    """The summary as `name  value` lines and small tables, then as one line of JSON."""
+    """The summary as `name  value` lines and small tables, then as one line of JSON.
+
+    Its entry `printed`, if any, names those that the command itself has printed; it is left out.
+    """
+    printed = result.pop("printed", ())
     width = max((len(name) for name in result), default=0)
     for name, value in result.items():
+        if name in printed:
+            continue
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print_table(value)
         elif not isinstance(value, list | dict):

@@ -11,6 +11,7 @@ import numpy as np
 from medmax_fast.config import DecodeConfig
 from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
 from medmax_fast.model.image_tokenizer import ImageTokenizer
+from medmax_fast.model.picture_decoder import write_png
 from medmax_fast.runtime import InputError, atomic_path, open_output, pick_device, progress, require_at_least
 
 _INDEX_FILE = "index.jsonl"
@@ -66,11 +67,3 @@ def picture_names(paths: Iterable[str]) -> list[str]:
         used.add(name.lower())
         names.append(f"{name}.png")
     return names
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as PNG, atomically."""
-    from PIL import Image
-
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")

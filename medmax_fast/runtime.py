@@ -42,7 +42,7 @@ def log(message: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what its results depend on, without importing any of it."""
-    names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "numpy")
+    names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "torchao", "numpy")
     names += ("pillow", "nvidia-nvimgcodec-cu13", "pydicom")
     found = {"python": sys.version.split()[0]}
     for name in names:
@@ -219,6 +219,19 @@ def pick_dtype(name: str, device=None):
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def available_bytes(device) -> int:
+    """Memory of a torch.device that is free, of the host including what files in its cache take."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def seed_everything(seed: int) -> None:

@@ -125,9 +125,9 @@ CASES |= {
     "xent_fp32_ones": ("xent", ("fp32", 1, True), dict.fromkeys(XENT_SIZES, 1), ()),
 }
 
-# RMSNorm: types of input and weight, width, outputs that are not wanted. Each is two kernels.
-RMS_ALIGNED = ("x_ptr", "weight_ptr", "out_ptr", "rstd_ptr", "dy_ptr", "dx_ptr", "partial_ptr")
-RMS_SIZES = ("R", "stride_xr", "stride_dyr")
+# RMSNorm: types of input and weight, width, outputs that are not wanted. Each is three kernels.
+RMS_ALIGNED = ("x_ptr", "weight_ptr", "out_ptr", "rstd_ptr", "dy_ptr", "dx_ptr", "partial_ptr", "delta_ptr")
+RMS_SIZES = ("R", "stride_xr", "stride_dyr", "stride_dr")
 RMS_CASES = {
     "bf16_c4096": ("bf16", "bf16", 4096, ()),
     "bf16_c4096_frozen": ("bf16", "bf16", 4096, ("partial_ptr",)),
@@ -160,13 +160,95 @@ SWIGLU_CASES = {
     "fp32_ones": ("fp32", 1, ()),
 }
 for _ops, _cases, _pointers, _sizes in (
-    (("rms", "rmsback"), RMS_CASES, RMS_ALIGNED, RMS_SIZES),
+    (("rms", "rmsback", "addrms"), RMS_CASES, RMS_ALIGNED, RMS_SIZES),
     (("swiglu", "swigluback"), SWIGLU_CASES, SWIGLU_ALIGNED, SWIGLU_SIZES),
 ):
     for _name, _types in _cases.items():
         _ones = dict.fromkeys(_sizes, 1) if "ones" in _name else {}
         _aligned = () if "general" in _name or "ones" in _name else (*_pointers, *_sizes)
         CASES |= {f"{_op}_{_name}": (_op, _types, _ones, _aligned) for _op in _ops}
+
+# Paged attention: type, query heads of a key/value head, D, whether several programs share a stream. The pool of pages
+# is an allocation of its own, aligned also where nothing else is.
+PAGED_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "table_ptr", "lengths_ptr", "out_ptr", "lse_ptr")
+PAGED_SIZES = ("stride_qs", "stride_qh", "stride_ts")
+PAGED_CASES = {
+    "bf16_d128": ("bf16", 1, 128, True),
+    "bf16_d128_whole": ("bf16", 1, 128, False),
+    "fp16_d128": ("fp16", 1, 128, True),
+    "fp32_d128": ("fp32", 1, 128, True),
+    "bf16_d64": ("bf16", 1, 64, True),
+    "bf16_d80": ("bf16", 1, 80, True),
+    "bf16_d256": ("bf16", 1, 256, True),
+    "fp32_d256": ("fp32", 1, 256, False),
+    "bf16_d128_group2": ("bf16", 2, 128, True),
+    "bf16_d128_group8": ("bf16", 8, 128, True),
+    "fp32_d128_group8": ("fp32", 8, 128, True),
+    "bf16_d128_group11": ("bf16", 11, 128, False),
+    "bf16_d128_general": ("bf16", 1, 128, True),
+    "fp16_d128_general_group8": ("fp16", 8, 128, True),
+    "fp32_d128_general": ("fp32", 1, 128, False),
+    "bf16_d10_general": ("bf16", 3, 10, True),
+    "fp32_d10_general": ("fp32", 1, 10, False),
+    "bf16_d250_general": ("bf16", 1, 250, True),
+    "fp32_d2_ones": ("fp32", 1, 2, False),
+}
+for _name, _types in PAGED_CASES.items():
+    _ones = dict.fromkeys(PAGED_SIZES, 1) if "ones" in _name else {}
+    _aligned = (*PAGED_POINTERS, *PAGED_SIZES)
+    if "general" in _name or "ones" in _name:
+        _aligned = ("k_ptr", "v_ptr", "out_ptr", "lse_ptr")
+    CASES[f"paged_{_name}"] = ("paged", _types, _ones if _types[3] else _ones | {"lse_ptr": None}, _aligned)
+# Type, D, splits; what is read and written are the launcher's own allocations.
+COMBINE_ALIGNED = ("part_ptr", "lse_ptr", "out_ptr")
+CASES |= {
+    "combine_bf16_d128": ("combine", ("bf16", 128, 17), {}, COMBINE_ALIGNED),
+    "combine_fp16_d64": ("combine", ("fp16", 64, 2), {}, COMBINE_ALIGNED),
+    "combine_fp32_d256": ("combine", ("fp32", 256, 64), {}, COMBINE_ALIGNED),
+    "combine_fp32_d10": ("combine", ("fp32", 10, 5), {}, COMBINE_ALIGNED),
+}
+
+# Norm, RoPE and the store in pages: types of input, affine part and indices, H, G and D.
+STORE_SIZES = ("stride_t", "stride_c", "stride_s")
+STORE_AFFINE = ("q_weight_ptr", "q_bias_ptr", "k_weight_ptr", "k_bias_ptr")
+STORE_TENSORS = ("qkv_ptr", *STORE_AFFINE, "cos_ptr", "sin_ptr", "positions_ptr", "places_ptr")
+STORE_CASES = {
+    "bf16_d128": ("bf16", "bf16", "i64", 32, 32, 128),
+    "fp16_d128": ("fp16", "fp16", "i64", 32, 32, 128),
+    "fp32_d128": ("fp32", "fp32", "i64", 32, 32, 128),
+    "bf16_d128_group8": ("bf16", "fp32", "i32", 64, 8, 128),
+    "bf16_d64": ("bf16", "bf16", "i64", 16, 16, 64),
+    "bf16_d128_general": ("bf16", "bf16", "i32", 33, 3, 128),
+    "fp16_d128_general": ("fp16", "fp32", "i64", 33, 3, 128),
+    "fp32_d128_general": ("fp32", "fp32", "i64", 33, 3, 128),
+    "fp32_d10_general": ("fp32", "fp32", "i64", 4, 2, 10),
+    "bf16_d1024": ("bf16", "bf16", "i64", 4, 4, 1024),
+    "fp32_ones": ("fp32", "fp32", "i64", 1, 1, 2),
+}
+for _name, _types in STORE_CASES.items():
+    _ones = dict.fromkeys(STORE_SIZES, 1) if "ones" in _name else {}
+    _aligned = () if "general" in _name or "ones" in _name else (*STORE_TENSORS, *STORE_SIZES)
+    CASES[f"store_{_name}"] = ("store", _types, _ones, (*_aligned, "k_ptr", "v_ptr", "q_ptr"))
+
+# Sampling: type of the logits, length of a row. The scratch and the result are the launcher's own allocations.
+TEXT_SIZES, IMAGE_SIZES = ("V", "stride_r", "stride_a", "stride_s"), ("V", "stride_g", "stride_r")
+TEXT_ALIGNED = ("logits_ptr", "allowed_ptr", "rules_ptr", "seen_ptr", "slots_ptr", "settings_ptr", "uniforms_ptr")
+TEXT_ALIGNED = (*TEXT_ALIGNED, "x_ptr", "ids_ptr", *TEXT_SIZES)
+IMAGE_ALIGNED = ("logits_ptr", "settings_ptr", "uniforms_ptr", "columns_ptr", *IMAGE_SIZES)
+OWN = ("x_ptr", "ids_ptr", "columns_ptr")
+for _op, _length, _aligned, _sizes in (
+    ("picktext", 65536, TEXT_ALIGNED, TEXT_SIZES),
+    ("pickimage", 8192, IMAGE_ALIGNED, IMAGE_SIZES),
+):
+    CASES |= {
+        f"{_op}_bf16": (_op, ("bf16", _length), {}, _aligned),
+        f"{_op}_fp16": (_op, ("fp16", _length), {}, _aligned),
+        f"{_op}_fp32": (_op, ("fp32", _length), {}, _aligned),
+        f"{_op}_bf16_general": (_op, ("bf16", min(_length, 10212)), {}, OWN),
+        f"{_op}_fp32_general": (_op, ("fp32", min(_length, 10212)), {}, OWN),
+        f"{_op}_fp32_small": (_op, ("fp32", 50), {}, ()),
+        f"{_op}_fp32_ones": (_op, ("fp32", 1), dict.fromkeys(_sizes, 1), ()),
+    }
 
 
 @triton.jit
@@ -192,12 +274,18 @@ def kernel_and_types(op, types):
         return norm_rope_kernel_and_types(op, *types)
     if op == "xent":
         return cross_entropy_kernel_and_types(*types)
-    if op in ("rms", "rmsback"):
+    if op in ("rms", "rmsback", "addrms"):
         return rms_norm_kernel_and_types(op, *types)
     if op in ("swiglu", "swigluback"):
         return swiglu_kernel_and_types(op, *types)
     if op in ("columns", "rows"):
         return resample_kernel_and_types(op, types)
+    if op in ("paged", "combine"):
+        return paged_attention_kernel_and_types(op, *types)
+    if op == "store":
+        return norm_rope_store_kernel_and_types(*types)
+    if op in ("picktext", "pickimage"):
+        return sampling_kernel_and_types(op, *types)
     pointers = {"out_ptr": f"*{types}", "starts_ptr": "*i64", "codes_ptr": "*i64", "bad_ptr": "*i64"}
     integers = dict.fromkeys(SPAN_SIZES, "i32")
     return remap._span_kernel, pointers | integers, {"BLOCK": remap.SPAN_BLOCK}, remap.OPTIONS
@@ -254,8 +342,13 @@ def cross_entropy_kernel_and_types(element, vocabulary, gradient):
 def rms_norm_kernel_and_types(op, element, weight, width, unwanted):
     from medmax_fast.kernels import rms_norm
 
-    kernel = rms_norm._rms_norm_kernel if op == "rms" else rms_norm._rms_norm_backward_kernel
-    types = dict.fromkeys(("x_ptr", "out_ptr", "dy_ptr", "dx_ptr"), f"*{element}") | {"weight_ptr": f"*{weight}"}
+    kernel = {
+        "rms": rms_norm._rms_norm_kernel,
+        "rmsback": rms_norm._rms_norm_backward_kernel,
+        "addrms": rms_norm._add_rms_norm_kernel,
+    }[op]
+    types = dict.fromkeys(("x_ptr", "out_ptr", "dy_ptr", "dx_ptr", "delta_ptr"), f"*{element}")
+    types |= {"weight_ptr": f"*{weight}"}
     types |= dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32") | dict.fromkeys(RMS_SIZES, "i32") | {"eps": "fp32"}
     plan = rms_norm._plan(width)
     options = {name: value for name, value in plan.items() if name not in kernel.arg_names}
@@ -273,6 +366,47 @@ def swiglu_kernel_and_types(op, element, width, unwanted):
     if op == "swigluback" and "dgate_ptr" in unwanted:
         constants["up_ptr"] = None
     return kernel, types, constants, swiglu.OPTIONS
+
+
+def paged_attention_kernel_and_types(op, element, *shape):
+    from medmax_fast.kernels import paged_attention
+
+    if op == "combine":
+        width, splits = shape
+        types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{element}", "SPLITS": "i32"}
+        constants = {name: triton.next_power_of_2(n) for name, n in (("BLOCK_S", splits), ("BLOCK_D", width))}
+        return paged_attention._combine_splits_kernel, types, constants | {"D": width}, paged_attention.OPTIONS
+    group, width, several = shape
+    kernel = paged_attention._paged_attention_kernel
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{element}") | dict.fromkeys(PAGED_SIZES, "i32")
+    types |= {"table_ptr": "*i32", "lengths_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
+    types |= {"out_ptr": "*fp32" if several else f"*{element}"}
+    plan = paged_attention._plan(group, width, 64, 4 if element == "fp32" else 2)
+    options = {name: value for name, value in plan.items() if name not in kernel.arg_names}
+    return kernel, types, plan, paged_attention.OPTIONS | options
+
+
+def norm_rope_store_kernel_and_types(element, affine, index, heads, groups, width):
+    from medmax_fast.kernels import norm_rope_store
+
+    types = dict.fromkeys(("qkv_ptr", "k_ptr", "v_ptr", "q_ptr"), f"*{element}") | {"eps": "fp32"}
+    types |= dict.fromkeys(STORE_AFFINE, f"*{affine}") | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+    types |= dict.fromkeys(("positions_ptr", "places_ptr"), f"*{index}") | dict.fromkeys(STORE_SIZES, "i32")
+    constants, _ = norm_rope_store._plan(heads, groups, width, 64)
+    return norm_rope_store._norm_rope_store_kernel, types, constants, norm_rope_store.OPTIONS
+
+
+def sampling_kernel_and_types(op, element, length):
+    from medmax_fast.kernels import sampling
+
+    types = {"logits_ptr": f"*{element}"} | dict.fromkeys(("settings_ptr", "uniforms_ptr", "x_ptr"), "*fp32")
+    types |= dict.fromkeys(("allowed_ptr", "seen_ptr"), "*u8") | dict.fromkeys((*TEXT_SIZES, *IMAGE_SIZES), "i32")
+    types |= dict.fromkeys(("rules_ptr", "slots_ptr", "ids_ptr", "columns_ptr"), "*i64")
+    if op == "pickimage":
+        return sampling._pick_image_kernel, types, *sampling._plan(length, sampling.MAX_IMAGE_V, sampling.IMAGE_WARPS)
+    constants, options = sampling._plan(length, sampling.BLOCK, sampling.WARPS)
+    constants |= {"BLOCKS": triton.next_power_of_2(triton.cdiv(length, constants["BLOCK"]))}
+    return sampling._pick_text_kernel, types, constants, options
 
 
 def resample_kernel_and_types(op, element):
@@ -406,6 +540,28 @@ def test_rms_norm_and_swiglu_stores(compiled, op, case, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "case", [*(f"paged_{name}" for name in PAGED_CASES), *(f"store_{name}" for name in STORE_CASES)]
+)
+def test_decoding_leaves_room_for_several_programs(compiled, case, capability):
+    found = compiled[f"{case}/{capability}"]
+    if case.startswith("store"):
+        assert found["registers"] <= 64
+        # A head's sums and its halves stay within a warp.
+        assert found["shared"] == 0 or "d128" not in case
+    elif "group" not in case and not case.startswith(("paged_bf16_d10", "paged_bf16_d250")):
+        # Four of them on an SM, and nothing exchanged between warps but the query and the result.
+        assert found["registers"] <= 128 and found["shared"] <= 4096
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("pick")])
+def test_sampling_rounds_as_its_reference(compiled, case, capability):
+    opcodes = compiled[f"{case}/{capability}"]["opcodes"]
+    assert opcodes["fma"] == opcodes["atom"] == opcodes["red"] == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_counts_see_what_they_should(compiled, capability):
     # Guards the two tests above against a pattern that matches nothing.
     for case in CASES:
@@ -436,8 +592,14 @@ def test_every_kernel_is_compiled():
         "_rms_norm_backward_kernel",
         "_swiglu_kernel",
         "_swiglu_backward_kernel",
+        "_add_rms_norm_kernel",
+        "_paged_attention_kernel",
+        "_combine_splits_kernel",
+        "_norm_rope_store_kernel",
         "_columns_kernel",
         "_rows_kernel",
+        "_pick_text_kernel",
+        "_pick_image_kernel",
     }
 
 

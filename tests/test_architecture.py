@@ -16,7 +16,7 @@ ALLOWED = {
     "kernels": set(),
     "data": {"data", "_csrc"},
     "model": {"model", "kernels"},
-    "generate": {"generate", "data", "model"},
+    "generate": {"generate", "data", "model", "kernels"},
     "figures": set(),
     "page": set(),
     "pictures": {"page"},
@@ -43,6 +43,7 @@ SINGLE = {
     "markdown_it": 1,
     "pydicom": 1,
     "tensorboard": 1,
+    "torchao": 1,
     "wandb": 1,
 }
 

@@ -52,6 +52,23 @@ def test_equals_the_definition(lengths, heads, scale):
         assert (out.double() - expected).abs().max() < 1e-5
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7)), min_size=1, max_size=4),
+    heads=st.sampled_from([(4, 4), (4, 2)]),
+)
+def test_queries_may_be_the_last_of_their_sequence(lengths, heads):
+    """What is cached is not asked again: the answers are those of the last queries of a whole sequence."""
+    new, whole = [n for n, _ in lengths], [n + cached for n, cached in lengths]
+    q, k, v, bounds = make_inputs(whole, *heads, width=5)
+    expected = reference(q, k, v, bounds.tolist(), 5**-0.5)
+    last = torch.cat([torch.arange(end - n, end) for n, end in zip(new, bounds[1:].tolist(), strict=True)])
+    cu_new = torch.tensor([0, *new]).cumsum(0).int()
+    with torch.no_grad():
+        out = attention.varlen_attention(q[last], k, v, cu_new, max(new), cu_seqlens_k=bounds, max_seqlen_k=max(whole))
+    assert (out.double() - expected[last]).abs().max() < 1e-5
+
+
 def test_gradients_equal_those_of_single_sequences():
     lengths = [5, 1, 17, 3]
     tensors = make_inputs(lengths)

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.chameleon.modeling_chameleon import ChameleonRMSNorm
 
 from medmax_fast.kernels import rms_norm as kernel
-from medmax_fast.kernels.rms_norm import rms_norm
+from medmax_fast.kernels.rms_norm import add_rms_norm_, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -245,6 +245,83 @@ def test_bad_arguments(x, weight, impl, message):
         rms_norm(x, weight, EPS, impl=impl)
 
 
+def sum_and_norm(x, delta, weight, impl="triton", eps=EPS):
+    """The sum that is left in x, and its norm; x as given stays."""
+    x = x.detach().clone()
+    y = add_rms_norm_(x, delta, weight.detach(), eps, impl=impl)
+    return x, y
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sum_and_norm_match_float64(shape, dtype, impl, allocated):
+    x, weight, delta = data(*shape, dtype=dtype, frozen=True)
+    total, y = sum_and_norm(x, delta, weight, impl)
+    assert torch.equal(total, x.detach() + delta)
+    assert allocated == ([shape] if impl == "triton" else [])
+    # The norm is that of the rounded sum.
+    leaf = total.requires_grad_()
+    truth, own = exact(leaf.double(), weight.double(), EPS).detach(), module(leaf, weight, EPS).detach()
+    assert y.shape == own.shape and y.dtype == own.dtype
+    away, own_away = (y.double() - truth).abs(), (own.double() - truth).abs()
+    last_places = 2 * torch.finfo(dtype).eps * y.abs().max().item()
+    assert away.max() <= max(2 * own_away.max().item(), last_places)
+    assert y.numel() <= 60 or away.mean() <= 2 * own_away.mean()
+    # The norm's own kernel makes the same bits of that sum.
+    assert torch.equal(y, rms_norm(total.detach(), weight, EPS, impl=impl))
+
+
+def test_strides_of_the_sum(allocated):
+    x, weight, delta = data(3, 10, 96, dtype=torch.bfloat16, frozen=True)
+    right = sum_and_norm(x, delta, weight)
+    # Columns of wider buffers, which are taken in place: what lies between is neither read nor written.
+    wide = torch.full((2, 3, 10, 200), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    inside, other = wide[0, ..., 7:103].copy_(x.detach()), wide[1, ..., 104:].copy_(delta)
+    allocated.clear()
+    assert torch.equal(add_rms_norm_(inside, other, weight, EPS, impl="triton"), right[1])
+    assert torch.equal(inside, right[0]) and wide[0].isnan().sum() == 30 * 104 and allocated == [(3, 10, 96)]
+    assert torch.equal(other, delta)
+    # Another order of dimensions, or one row for all, as a layer may return it, is copied.
+    turned = delta.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(sum_and_norm(x, turned, weight), right, strict=True))
+    row = delta[0, 0].expand(3, 10, 96)
+    expected = sum_and_norm(x, row.contiguous(), weight)
+    assert all(torch.equal(a, b) for a, b in zip(sum_and_norm(x, row, weight), expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+def test_sum_of_no_rows_float32_weight_and_float64(impl):
+    x, weight, delta = data(0, 64, dtype=torch.bfloat16, frozen=True)
+    assert sum_and_norm(x, delta, weight, impl)[1].shape == (0, 64)
+    x, weight, delta = data(5, 96, dtype=torch.float16, weight_dtype=torch.float32, frozen=True)
+    total, y = sum_and_norm(x, delta, weight, impl)
+    assert y.dtype == torch.float16 and torch.equal(y, rms_norm(total, weight, EPS, impl=impl))
+    if impl != "triton":
+        wide = [t.detach().double() for t in (x, delta, weight)]
+        torch.testing.assert_close(sum_and_norm(*wide, impl)[1], exact(wide[0] + wide[1], wide[2], EPS))
+
+
+def test_bad_arguments_of_the_sum():
+    x, weight, delta = data(3, 10, 96, frozen=True)
+    x = x.detach()
+    for other, message in (
+        (delta[:2], r"delta \[2, 10, 96\] of torch.float32.*expected \[3, 10, 96\]"),
+        (delta[:1], "delta"),
+        (delta.half(), "delta .* of torch.float16"),
+        (delta.to("meta"), "delta .* on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_rms_norm_(x, other, weight, EPS)
+    with pytest.raises(ValueError, match=r"weight \[95\]"):
+        add_rms_norm_(x, delta, weight[1:], EPS)
+    before = x.clone()
+    for bad in (x.permute(2, 1, 0).contiguous().permute(2, 1, 0), x[0, 0].expand(3, 10, 96), x.expand(2, 3, 10, 96)):
+        with pytest.raises(ValueError, match="input of strides .*expected rows"):
+            add_rms_norm_(bad, delta.expand(bad.shape), weight, EPS, impl="triton")
+    assert torch.equal(x, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("frozen", [False, True])
@@ -255,3 +332,16 @@ def test_at_the_model_s_size(shape, frozen, monkeypatch):
     first, second = (outcome(by("auto"), x, weight, dy) for _ in range(2))
     assert_as_good_as_the_module(first, x, weight, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(1, 4096), (200, 4096), (2500, 8192)], ids=str)
+def test_sum_at_the_model_s_size(shape, monkeypatch):
+    x, weight, delta = data(*shape, dtype=torch.bfloat16, frozen=True)
+    expected = x.detach() + delta
+    monkeypatch.setattr(kernel, "rms_norm_ref", lambda *_: pytest.fail("the reference was taken"))
+    total, y = sum_and_norm(x, delta, weight, "auto")
+    assert torch.equal(total, expected)
+    truth, own = exact(expected.double(), weight.double(), EPS), module(expected, weight, EPS)
+    assert (y.double() - truth).abs().mean() <= 2 * (own.double() - truth).abs().mean()

@@ -1,90 +1,123 @@
-"""Keys and values of every running stream, one preallocated tensor for all layers.
+"""Keys and values of every running stream in pages, and the attention over them.
 
-Streams live in slots 0..n-1 without gaps (the last one moves into the place of one that ends), so a decode step
-reads a view of the cache and copies nothing. The tensor grows by half when a sequence or the number of streams
-outgrows it.
+One tensor per layer for keys and one for values, [pages, heads, PAGE, D], allocated once: a stream's row of the page
+table says which pages are its own, so nothing moves when streams come and go, and streams share the pages of a common
+beginning (generate/pages.py). A page outside of every row is never read; page 0 takes what nobody reads.
 
-Shapes: L layers, S slots, H key/value heads, C positions, D head width, T ids of a packed prefill.
+Shapes: T ids of a packed prefill, B streams of a decode step, G key/value heads, D head width, P pages of a stream.
 """
 
-import torch
-from torch.nn import functional as F
+from dataclasses import dataclass
 
+import torch
+
+from medmax_fast.generate.pages import PAGE, Lease, PagePool
+from medmax_fast.kernels.norm_rope_store import norm_rope_store
+from medmax_fast.kernels.paged_attention import paged_attention
 from medmax_fast.model.attention import varlen_attention
+from medmax_fast.model.decoder import QK_NORM_EPS, Decoder, Layer
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Where the ids of a packed prefill go, and what they see: index tensors on the device.
+
+    positions_T, places_T: of each new id; cu_new, cu_all: int32 [n+1], boundaries of the new ids and of all positions
+    of each stream; all_places: of every position, in the order of the streams; longest_new, longest_all: ids.
+    """
+
+    positions_T: torch.Tensor
+    places_T: torch.Tensor
+    cu_new: torch.Tensor
+    cu_all: torch.Tensor
+    all_places: torch.Tensor
+    longest_new: int
+    longest_all: int
 
 
 class KVCache:
-    """The attention module hands queries, keys and values to `attend`, layer by layer."""
+    """The pages of `positions` positions for one decoder. InputError if they do not fit."""
 
-    def __init__(self, layers: int, heads: int, width: int, device: torch.device, dtype: torch.dtype):
-        self.lengths: list[int] = []
-        self._kv = torch.zeros(2, layers, 0, heads, 0, width, device=device, dtype=dtype)
-        self._prefill: tuple[list[int], torch.Tensor, int] | None = None
+    def __init__(self, decoder: Decoder, positions: int):
+        self.decoder = decoder
+        shape = decoder.shape
+        pages = positions // PAGE + 1
+        self.pool = PagePool(pages)
+        size = (shape.layers, 2, pages, shape.kv_heads // decoder.world, PAGE, shape.head_dim)
+        self.kv = torch.empty(size, device=decoder.device, dtype=decoder.dtype)
+        # The page that dead rows read and write.
+        self.kv[:, :, 0].zero_()
 
-    def open(self, count: int, longest: int) -> list[int]:
-        """Reserve `count` new slots with room for `longest` positions; returns their numbers."""
-        first = len(self.lengths)
-        self.lengths += [0] * count
-        self._reserve(first + count, longest)
-        return list(range(first, first + count))
+    def copy_page(self, lease: Lease) -> None:
+        """Do the copy that a lease asks for, in all layers."""
+        if lease.copy:
+            source, target = lease.copy
+            self.kv[:, :, target].copy_(self.kv[:, :, source])
 
-    def close(self, slot: int) -> int:
-        """Free a slot; returns the number of the slot whose stream now lives in it (itself if it was the last)."""
-        last = len(self.lengths) - 1
-        if slot != last:
-            self._kv[:, :, slot].copy_(self._kv[:, :, last])
-            self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
-        return last
+    def prefill(self, leases: list[Lease], lengths: list[int]) -> Prefill:
+        """The plan of one packed pass that computes positions cached..length-1 of each lease."""
+        places = [_places(lease, length) for lease, length in zip(leases, lengths, strict=True)]
+        new = [length - lease.cached for lease, length in zip(leases, lengths, strict=True)]
+        positions = [torch.arange(lease.cached, n) for lease, n in zip(leases, lengths, strict=True)]
+        device = self.decoder.device
+        return Prefill(
+            to_device(torch.cat(positions), device),
+            to_device(torch.cat([place[lease.cached :] for lease, place in zip(leases, places, strict=True)]), device),
+            to_device(_boundaries(new), device),
+            to_device(_boundaries(lengths), device),
+            to_device(torch.cat(places), device),
+            max(new),
+            max(lengths),
+        )
 
-    def begin_prefill(self, slots: list[int], cu_seqlens: torch.Tensor) -> None:
-        """The next forward pass is one packed row whose sequences fill these empty slots."""
-        sizes = cu_seqlens.diff().tolist()
-        for slot, size in zip(slots, sizes, strict=True):
-            self.lengths[slot] = size
-        self._reserve(len(self.lengths), max(sizes))
-        self._prefill = (slots, cu_seqlens, max(sizes))
+    def run_prefill(self, ids_T: torch.Tensor, plan: Prefill) -> torch.Tensor:
+        """Last hidden states [n, C] of a packed pass."""
 
-    def begin_decode(self, count: int) -> None:
-        """The next forward pass adds one id to each of the slots 0..count-1."""
-        self._prefill = None
-        self._reserve(len(self.lengths), max(self.lengths[:count]) + 1)
-        device = self._kv.device
-        self._positions = torch.tensor(self.lengths[:count], device=device)
-        self._longest = max(self.lengths[:count]) + 1
-        reach = torch.arange(self._longest, device=device)
-        self._mask = (reach[None, :] <= self._positions[:, None])[:, None, None, :]
-        self._rows = torch.arange(count, device=device)
-        for slot in range(count):
-            self.lengths[slot] += 1
+        def attend(index: int, layer: Layer, qkv_TK: torch.Tensor) -> torch.Tensor:
+            q_THD = self._store(index, layer, qkv_TK, plan.positions_T, plan.places_T)
+            pages, offsets = plan.all_places // PAGE, plan.all_places % PAGE
+            k, v = (self.kv[index, half][pages, :, offsets] for half in (0, 1))
+            out = varlen_attention(
+                q_THD, k, v, plan.cu_new, plan.longest_new, cu_seqlens_k=plan.cu_all, max_seqlen_k=plan.longest_all
+            )
+            return out.flatten(1)
 
-    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Store this layer's keys and values and attend; q, k, v [B, H, T, D] in, [B, T, H, D] out."""
-        keys, values = self._kv[0, layer], self._kv[1, layer]
-        if self._prefill is not None:
-            slots, cu_seqlens, longest = self._prefill
-            bounds = cu_seqlens.tolist()
-            for slot, start, end in zip(slots, bounds[:-1], bounds[1:], strict=True):
-                keys[slot, :, : end - start] = key[0, :, start:end]
-                values[slot, :, : end - start] = value[0, :, start:end]
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            return varlen_attention(q, k, v, cu_seqlens, longest, scale)[None]
-        count = len(self._rows)
-        keys[self._rows, :, self._positions] = key[:, :, 0]
-        values[self._rows, :, self._positions] = value[:, :, 0]
-        k, v = keys[:count, :, : self._longest], values[:count, :, : self._longest]
-        grouped = query.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(query, k, v, attn_mask=self._mask, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
+        return self.decoder(ids_T, attend)[plan.cu_new[1:].long() - 1]
 
-    def _reserve(self, slots: int, positions: int) -> None:
-        have_slots, have_positions = self._kv.shape[2], self._kv.shape[4]
-        if slots <= have_slots and positions <= have_positions:
-            return
-        slots = have_slots if slots <= have_slots else max(slots, have_slots * 3 // 2)
-        positions = have_positions if positions <= have_positions else max(positions, have_positions * 3 // 2)
-        shape = list(self._kv.shape)
-        shape[2], shape[4] = slots, positions
-        grown = self._kv.new_zeros(shape)
-        grown[:, :, :have_slots, :, :have_positions] = self._kv
-        self._kv = grown
+    def run_decode(self, ids_B: torch.Tensor, positions_B: torch.Tensor, table_BP: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, C] of one new id per stream; table_BP: int32, the pages of each."""
+        page_B = table_BP.gather(1, (positions_B // PAGE)[:, None])[:, 0]
+        places_B = page_B.long() * PAGE + positions_B % PAGE
+        lengths_B = (positions_B + 1).int()
+
+        def attend(index: int, layer: Layer, qkv_BK: torch.Tensor) -> torch.Tensor:
+            q_BHD = self._store(index, layer, qkv_BK, positions_B, places_B)
+            return paged_attention(q_BHD, self.kv[index, 0], self.kv[index, 1], table_BP, lengths_B).flatten(1)
+
+        return self.decoder(ids_B, attend)
+
+    def _store(self, index: int, layer: Layer, qkv_TK, positions_T, places_T) -> torch.Tensor:
+        affine = layer.q_weight, layer.q_bias, layer.k_weight, layer.k_bias
+        tables = self.decoder.cos_PF, self.decoder.sin_PF
+        pages = self.kv[index, 0], self.kv[index, 1]
+        return norm_rope_store(qkv_TK, *affine, *tables, positions_T, places_T, *pages, QK_NORM_EPS)
+
+
+def position_bytes(decoder: Decoder) -> int:
+    """Bytes of keys and values of one position, on one rank."""
+    shape = decoder.shape
+    return 2 * shape.layers * shape.kv_dim // decoder.world * decoder.dtype.itemsize
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; to a GPU through pinned memory, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _places(lease: Lease, length: int) -> torch.Tensor:
+    """Place (page * PAGE + offset) of positions 0..length-1, int64."""
+    return (torch.tensor(lease.pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:length]
+
+
+def _boundaries(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()

@@ -1,56 +1,73 @@
-"""`medmax generate`: prompts from a JSONL file to outputs.jsonl and PNGs, or one prompt answered on the terminal."""
+"""`medmax generate`: prompts from a JSONL file to outputs.jsonl and PNGs, or one prompt answered on the terminal.
+
+Under torchrun the ranks share the layers of one model; the first one reads and writes. Finished answers go to a hidden
+journal at once, so that a run that was stopped goes on after them; outputs.jsonl is written when all are there.
+"""
 
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from PIL import Image
+from torch import distributed
 
 from medmax_fast.config import GenerateConfig
 from medmax_fast.generate.engine import Engine
-from medmax_fast.generate.requests import Request, Result
+from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
+from medmax_fast.generate.writer import Writer, picture_name
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.runtime import (
     InputError,
+    Progress,
     TooManyRejected,
-    atomic_path,
     hash_file,
     log,
     open_output,
-    progress,
+    pick_device,
+    rank_and_world,
+    require_at_least,
     require_file,
 )
 
-# What runs where and how many at a time does not change the output.
-_NOT_SETTINGS = ("output", "prompt", "image", "batch_size", "device")
+# What runs where, how much at a time and what is shown meanwhile does not change the output.
+_NOT_SETTINGS = ("output", "prompt", "image", "batch_size", "device", "cache_gb", "preview")
 
 
 def generate(config: GenerateConfig) -> dict:
     """Run the prompts of a file into a folder, or one prompt to the terminal; returns a summary."""
     if bool(config.prompts) == bool(config.prompt):
         raise InputError("give either --prompts FILE or --prompt TEXT")
-    if config.prompts:
-        if not config.output:
-            raise InputError("--prompts needs --output, the folder for outputs.jsonl and the pictures")
-        return _generate_file(config)
-    return _generate_one(config)
+    if config.prompts and not config.output:
+        raise InputError("--prompts needs --output, the folder for outputs.jsonl and the pictures")
+    if config.cache_gb < 0:
+        raise InputError(f"--cache-gb {config.cache_gb}: expected 0 or more")
+    require_at_least(config, 1, "batch_size", "max_new_tokens", "max_length")
+    return _generate_file(config) if config.prompts else _generate_one(config)
 
 
 def _generate_file(config: GenerateConfig) -> dict:
     requests = read_prompts(config.prompts, config)
-    engine = Engine.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), config.device, config.precision)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings["prompts_sha256"] = hash_file(config.prompts)
-    output = open_output(config.output, "generate", settings)
-    results: list[Result] = []
-    if not (output / "outputs.jsonl").exists():
-        # The engine reports through a callback; a generator over its batches keeps one progress bar for all.
-        for start in progress(range(0, len(requests), config.batch_size), "generating batches"):
-            results += engine.generate(requests[start : start + config.batch_size], config.batch_size)
-        _write_results(results, output, engine)
-    rejected = _count_lines(output / "rejected.jsonl")
-    summary = {"prompts": len(requests), "rejected": rejected, "output": str(output / "outputs.jsonl")}
-    if rejected:
+    group = _join()
+    engine = _open_engine(config, group)
+    writer = None
+    if rank_and_world()[0] == 0:
+        writer = Writer(open_output(config.output, "generate", settings), engine, config.preview)
+    finished, done = _agree((writer.finished, writer.read_journal()) if writer else None, group)
+    todo = [] if finished else [request for request in requests if request.id not in done]
+    events = engine.stream(todo, config.batch_size)
+    if writer is None:
+        # The other ranks compute what the first one writes.
+        return {"events": sum(1 for _ in events)}
+    if done:
+        log(f"generate: {len(done)} of {len(requests)} prompts are already answered in {config.output}")
+    if not finished:
+        with Progress("generate (prompts)", len(requests), len(done)) as bar:
+            writer.write(events, bar)
+        writer.finish([request.id for request in requests])
+    summary = {"prompts": len(requests), "rejected": writer.rejected}
+    summary["output"] = str(Path(config.output) / "outputs.jsonl")
+    if writer.rejected:
         raise TooManyRejected(summary, 0)
     return summary
 
@@ -58,13 +75,49 @@ def _generate_file(config: GenerateConfig) -> dict:
 def _generate_one(config: GenerateConfig) -> dict:
     pieces = [{"type": "image", "path": config.image}] if config.image else []
     pieces.append({"type": "text", "text": config.prompt})
-    engine = Engine.from_checkpoint(open_checkpoint(config.ckpt, config.vqgan), config.device, config.precision)
-    result = engine.generate([_request(config, "prompt", content=pieces)])[0]
+    engine = _open_engine(config, _join())
+    request = _request(config, "prompt", content=pieces)
+    writer = Writer(Path(config.output or "."), engine, config.preview)
+    if rank_and_world()[0]:
+        return {"events": sum(1 for _ in engine.stream([request]))}
+    for event in engine.stream([request]):
+        if isinstance(event, TextPiece):
+            print(event.text, end="", flush=True)
+        elif isinstance(event, PicturePiece) and writer.picture(event):
+            print(f"\n[picture: {writer.folder / picture_name(event.id, event.number)}]", flush=True)
+        elif isinstance(event, Result):
+            result = event
+    print()
     if result.error:
         raise InputError(result.error)
-    content = _save_pictures(result, Path(config.output or "."), engine)
+    content = writer.content(result)
     answer = " ".join(piece.get("text") or f"[picture: {piece['path']}]" for piece in content)
-    return {"answer": answer, "pictures": [p["path"] for p in content if "path" in p], "token_ids": result.token_ids}
+    pictures = [piece["path"] for piece in content if "path" in piece]
+    return {"answer": answer, "pictures": pictures, "token_ids": result.token_ids, "printed": ["answer"]}
+
+
+def _join():
+    """The process group of all ranks, or None for a single process."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return None
+    device = pick_device("auto")
+    options = {"device_id": device} if device.type == "cuda" else {}
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, **options)
+    return distributed.group.WORLD
+
+
+def _agree(value, group):
+    """The first rank's value on every rank."""
+    box = [value]
+    if group is not None:
+        distributed.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
+def _open_engine(config: GenerateConfig, group) -> Engine:
+    checkpoint = open_checkpoint(config.ckpt, config.vqgan)
+    return Engine.from_checkpoint(checkpoint, config.device, config.precision, config.quantize, config.cache_gb, group)
 
 
 def read_prompts(path: str, config: GenerateConfig) -> list[Request]:
@@ -104,37 +157,3 @@ def _resolve(pieces: list, folder: Path) -> list:
         {**p, "path": str(folder / p["path"])} if isinstance(p, dict) and isinstance(p.get("path"), str) else p
         for p in pieces
     ]
-
-
-def _write_results(results: list[Result], output: Path, engine: Engine) -> None:
-    bad = [result for result in results if result.error]
-    if bad:
-        with atomic_path(output / "rejected.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for result in bad:
-                log(f"{result.id}: {result.error}")
-                file.write(json.dumps({"id": result.id, "reason": result.error}, ensure_ascii=False) + "\n")
-    with atomic_path(output / "outputs.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for result in results:
-            if not result.error:
-                content = _save_pictures(result, output, engine)
-                row = {"id": result.id, "token_ids": result.token_ids, "content": content}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _save_pictures(result: Result, folder: Path, engine: Engine) -> list[dict]:
-    """The result's content with every picture written as a PNG beside it and named in its place."""
-    content, drawn = [], 0
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in result.id)
-    for piece in result.content:
-        if piece["type"] == "image":
-            name = f"{stem}-{drawn}.png"
-            drawn += 1
-            with atomic_path(folder / name) as temporary:
-                Image.fromarray(engine.decode_image(piece["codes"])).save(temporary, format="PNG")
-            piece = {"type": "image", "path": name}
-        content.append(piece)
-    return content
-
-
-def _count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0

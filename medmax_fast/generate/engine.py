@@ -1,66 +1,95 @@
 """The generation engine: text, pictures and interleaved output, many requests at a time, in process.
 
-Every request owns one stream (a sequence in the KV cache); while it draws it owns up to two more, for guidance:
-one that sees only the prompt's images and one that sees nothing. Each turn of the loop feeds one id to every
-running stream, prefills the streams that are new (packed, no padding), and lets every request pick its next id by
-the rules of its own state. A finished request's place is refilled from the queue.
+Every request owns one stream (a sequence in the cache); while it draws it owns up to two more, for guidance: one that
+sees only the prompt's images and one that sees nothing. A turn of the loop admits requests, prefills new streams
+(packed, what is cached left out), feeds one id to every running stream, and lets every sample that is ready pick its
+next id by the rules of its own state, all on the device (generate/steps.py). Ids are read one turn later, while the
+next turn runs; a finished request's place is refilled. Pages, captured graphs and known prefixes outlive a call.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from medmax_fast.generate import grammar, sampling
-from medmax_fast.generate.cache import KVCache
+from medmax_fast.generate import grammar
+from medmax_fast.generate.cache import KVCache, position_bytes
+from medmax_fast.generate.pages import PAGE, pages_of
 from medmax_fast.generate.prompts import PromptEncoder
-from medmax_fast.generate.requests import Request, Result, Sample, Stream
+from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
+from medmax_fast.generate.samples import Narrator, Sample, Stream, content_of, uniforms
+from medmax_fast.generate.steps import MAX_STREAMS, Picked, Steps
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
-from medmax_fast.model.load import load_model, shape_of
-from medmax_fast.runtime import InputError, pick_device, pick_dtype
+from medmax_fast.model.decoder import Decoder
+from medmax_fast.model.layout import MAX_POSITIONS
+from medmax_fast.runtime import InputError, available_bytes, pick_device, pick_dtype
 from medmax_fast.vocab import IMAGE_CODES
 
 # Ids per packed prefill pass; bounds the memory of activations.
 PREFILL_IDS = 16384
+# Of the memory that is free once the weights are loaded, the share that keys and values get.
+CACHE_SHARE = 0.75
+
+Event = TextPiece | PicturePiece | Result
+# What a turn picked: samples with their epochs, and their ids on the way to the host.
+Turn = list[tuple[list[tuple[Sample, int]], Picked]]
 
 
 class Engine:
-    """A loaded checkpoint that generates. Not thread-safe: one `generate` call at a time."""
+    """A loaded checkpoint that generates. Not thread-safe: one `generate` or `stream` call at a time."""
 
-    def __init__(self, model, encoder: PromptEncoder):
-        self.model = model
-        self.encoder = encoder
-        self.tokenizer = encoder.tokenizer
-        self.layout = encoder.tokenizer.layout
-        self.device = model.lm_head.weight.device
-        vocab = model.config.vocab_size
-        self._masks = {}
-        for name, mask in (
-            ("text", grammar.text_mask(self.layout, self.tokenizer.unwritable, boi=False)),
-            ("any", grammar.text_mask(self.layout, self.tokenizer.unwritable, boi=True)),
-            ("image", grammar.image_mask(self.layout)),
-        ):
-            # Embeddings beyond the tokenizer's ids are never allowed.
-            allowed = np.zeros(vocab, dtype=bool)
-            allowed[: len(mask)] = mask
-            self._masks[name] = torch.from_numpy(allowed).to(self.device)
+    def __init__(self, decoder: Decoder, encoder: PromptEncoder, positions: int, lag: int | None = None):
+        """positions: that the cache holds. lag: turns that may be launched before ids are read (1 on a GPU, else 0)."""
+        self.decoder, self.encoder = decoder, encoder
+        self.tokenizer, self.layout = encoder.tokenizer, encoder.tokenizer.layout
+        self.device = decoder.device
+        self.cache = KVCache(decoder, positions)
+        self.steps = Steps(self.cache, self.tokenizer)
+        self.lag = lag if lag is not None else int(self.device.type == "cuda")
+        self._pool = self.cache.pool
+        self._slots = list(range(MAX_STREAMS, 0, -1))
+        # Streams whose prompts no pass has computed yet.
+        self._fresh: list[Stream] = []
+        # Ids that needed no pass, as they were cached, and all ids of prompts.
+        self.cached_ids, self.prompt_ids = 0, 0
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str = "auto", precision: str = "auto") -> "Engine":
-        """Load a checkpoint in either layout, a folder or open; InputError names what is wrong with it."""
+    def from_checkpoint(
+        cls,
+        path: str | Path | Checkpoint,
+        device: str = "auto",
+        precision: str = "auto",
+        quantize: str = "none",
+        cache_gb: float = 0.0,
+        group=None,
+    ) -> "Engine":
+        """Load a checkpoint in either layout, a folder or open; InputError names what is wrong with it.
+
+        cache_gb: memory for keys and values, 0 for three quarters of what is free. group: the torch.distributed
+        process group that shares the model's layers; every rank then makes the same calls and gets the same results.
+        """
         device = pick_device(device)
         # Opened once: opening checks the files' checksums.
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-        model = load_model(checkpoint, device, pick_dtype(precision, device))
-        return cls(model, PromptEncoder(checkpoint, device))
+        decoder = Decoder.load(checkpoint, device, pick_dtype(precision, device), group, quantize)
+        size = cache_gb * 1e9 if cache_gb else CACHE_SHARE * available_bytes(device)
+        positions = min(int(size) // position_bytes(decoder), MAX_STREAMS * MAX_POSITIONS)
+        positions = decoder.least(positions) // PAGE * PAGE
+        if positions < PAGE:
+            raise InputError(f"no memory for keys and values: {size / 1e9:.2f} GB hold {positions} positions")
+        return cls(decoder, PromptEncoder(checkpoint, device), positions)
 
-    def decode_image(self, codes: np.ndarray) -> np.ndarray:
-        """Pixels uint8 [512, 512, 3] of one picture's codes [1024]."""
-        return self.encoder.image_tokenizer.decode(np.asarray(codes)[None])[0]
+    def decode_images(self, codes: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [N, 512, 512, 3] of pictures' codes [N, 1024]; InputError without a picture decoder."""
+        return self.encoder.pictures.decode(np.asarray(codes))
 
-    @torch.inference_mode()
+    def preview(self, codes: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [512, 512, 3] of a picture of which only the first codes [1..1024] are drawn; the rest white."""
+        return self.encoder.pictures.preview(np.asarray(codes))
+
     def generate(
         self, requests: list[Request], batch_size: int = 16, progress: Callable[[Result], None] | None = None
     ) -> list[Result]:
@@ -70,174 +99,221 @@ class Engine:
         result as it is finished.
         """
         results: dict[int, Result] = {}
-        waiting = deque(enumerate(requests))
-        running: dict[int, Sample] = {}
-        cache = self._new_cache()
-        slots: list[Stream] = []
-
-        def finish(number: int, result: Result) -> None:
-            results[number] = result
-            if progress is not None:
-                progress(result)
-
-        while waiting or running:
-            while waiting and len(running) < batch_size:
-                number, request = waiting.popleft()
-                try:
-                    running[number] = self._begin(request)
-                except InputError as error:
-                    finish(number, Result(request.id, error=str(error)))
-            if not running:
-                continue
-            self._advance(list(running.values()), cache, slots)
-            for number in [number for number, sample in running.items() if sample.done]:
-                sample = running.pop(number)
-                for stream in sample.streams:
-                    _release(cache, slots, stream)
-                finish(number, self._result(sample))
+        with closing(self._run(requests, batch_size, pieces=False)) as events:
+            for number, result in events:
+                results[number] = result
+                if progress is not None:
+                    progress(result)
         return [results[number] for number in range(len(requests))]
 
-    def _new_cache(self) -> KVCache:
-        shape = shape_of(self.model)
-        dtype = self.model.lm_head.weight.dtype
-        return KVCache(shape.layers, shape.kv_heads, shape.head_dim, self.device, dtype)
+    def stream(self, requests: list[Request], batch_size: int = 16) -> Iterator[Event]:
+        """Run all requests; gives text and pictures piece by piece as they are made, and each request's Result last.
 
-    def _begin(self, request: Request) -> Sample:
-        ids = self.encoder.encode(request)
-        sample = Sample(request, ids, self.model.config.vocab_size, self.device)
-        if request.mode == "image":
-            sample.to_draw = IMAGE_CODES
+        Closing the iterator ends the requests that are still running.
+        """
+        with closing(self._run(requests, batch_size, pieces=True)) as events:
+            for _, event in events:
+                yield event
+
+    def _run(self, requests: list[Request], batch_size: int, pieces: bool) -> Iterator[tuple[int, Event]]:
+        """Events with the number of their request."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+        waiting, encoded = deque(enumerate(requests)), deque()
+        running: dict[int, Sample] = {}
+        narrators: dict[int, Narrator] = {}
+        turns: deque[Turn] = deque()
+        try:
+            while waiting or encoded or running:
+                while (waiting or encoded) and len(running) < batch_size:
+                    if not encoded:
+                        ahead = [waiting.popleft() for _ in range(min(len(waiting), batch_size))]
+                        ids = self.encoder.encode_many([request for _, request in ahead], self.decoder.group)
+                        encoded.extend((*pair, i) for pair, i in zip(ahead, ids, strict=True))
+                    number, request, ids = encoded[0]
+                    try:
+                        if isinstance(ids, InputError):
+                            raise ids
+                        sample = Sample(number, request, ids)
+                        if not self._admit(sample, running):
+                            break
+                    except InputError as error:
+                        encoded.popleft()
+                        yield number, Result(request.id, error=str(error))
+                        continue
+                    encoded.popleft()
+                    running[number] = sample
+                    if pieces:
+                        narrators[number] = Narrator(request.id, self.tokenizer)
+                launched = self._turn(list(running.values()))
+                if launched:
+                    turns.append(launched)
+                while len(turns) > (self.lag if launched else 0):
+                    yield from self._read(turns.popleft(), running, narrators)
+        finally:
+            self._fresh = []
+            self._pool.drop_unsettled()
+            for sample in running.values():
+                self._close(*sample.streams)
+
+    def _read(self, turn: Turn, running: dict[int, Sample], narrators: dict[int, Narrator]) -> Iterator:
+        """Take ids that have been read; events of what they complete."""
+        for (sample, epoch), new in (
+            (who, new) for whose, ids in turn for who, new in zip(whose, ids.read(), strict=True)
+        ):
+            number = sample.number
+            if epoch != sample.epoch or number not in running:
+                continue
+            for piece in self._take(sample, new, narrators.get(number)):
+                yield number, piece
+            if sample.error or sample.state.done:
+                del running[number]
+                narrators.pop(number, None)
+                self._close(*sample.streams)
+                yield number, self._result(sample)
+
+    # ---- what a running sample holds ----
+
+    def _admit(self, sample: Sample, running: dict[int, Sample]) -> bool:
+        """Give a sample its main stream, and its guides if it draws at once; False if there is no room for now.
+
+        InputError if there never will be. A stream has pages for its whole length from the start, so what is kept for
+        later is the guides of samples that may come to draw.
+        """
+        length, guides = self._worst_case(sample)
+        pages = self._pool.needs(sample.prompt, length) + sum(map(pages_of, guides))
+        kept_pages, kept_slots = (sum(pair) for pair in zip((0, 0), *(s.kept for s in running.values()), strict=True))
+        if pages > self._pool.free - kept_pages or 1 + len(guides) > len(self._slots) - kept_slots:
+            if running:
+                return False
+            need, have = (pages_of(length) + sum(map(pages_of, guides))) * PAGE, self._pool.size * PAGE
+            raise InputError(f"needs {need} positions of the cache, which holds {have}; lower max_length")
+        if sample.request.mode == "any":
+            sample.kept = sum(map(pages_of, guides)), len(guides)
+        sample.main = self._open(sample.prompt, length)
+        random = uniforms(sample.request, MAX_POSITIONS)
+        self.steps.slots.configure(sample.main.slot, sample.request, sample.prompt, sample.rules, random)
+        if sample.state.to_draw:
             self._open_guides(sample)
-        return sample
+        return True
+
+    def _worst_case(self, sample: Sample) -> tuple[int, list[int]]:
+        """Most positions of a sample's main stream, and of each of its guides."""
+        request, rules, length = sample.request, sample.rules, len(sample.prompt)
+        scales = request.guidance_text, request.guidance_image
+        if request.mode == "image":
+            prompts = grammar.guides(sample.prompt, *scales, self.layout)
+            return length + IMAGE_CODES, [len(prompt) + IMAGE_CODES for prompt in prompts]
+        if request.mode == "text":
+            return min(rules.max_length, length + rules.max_new_tokens), []
+        if not grammar.may_begin_image(rules, length):
+            return rules.max_length, []
+        # Pictures of its own make the image-conditioned prompt longer.
+        image = [self.layout.bos, *self.layout.image_span(np.zeros(IMAGE_CODES, dtype=np.int64)), self.layout.boi]
+        prompts = grammar.guides(image, *scales, self.layout)
+        return rules.max_length, [rules.max_length if len(p) > 2 else 2 + IMAGE_CODES for p in prompts]
+
+    def _open(self, ids: list[int], length: int) -> Stream:
+        lease = self._pool.open(ids, length)
+        self.cache.copy_page(lease)
+        stream = Stream(list(ids), self._slots.pop(), lease)
+        self.steps.slots.open(stream.slot, lease)
+        self.cached_ids += lease.cached
+        self.prompt_ids += len(ids)
+        if not lease.short:
+            self._fresh.append(stream)
+        return stream
 
     def _open_guides(self, sample: Sample) -> None:
-        """Two more prompts for guidance; one where the prompt holds no image, since then both are the same."""
-        none = [self.layout.bos, self.layout.boi]
-        image = grammar.images_only(sample.ids, self.layout)
-        sample.guides = [Stream(none)] if image == none else [Stream(image), Stream(none)]
+        """The streams that guidance needs beside the full one."""
+        scales = sample.request.guidance_text, sample.request.guidance_image
+        for prompt in grammar.guides(sample.main.ids, *scales, self.layout):
+            sample.guides.append(self._open(prompt, len(prompt) + IMAGE_CODES))
 
-    def _advance(self, samples: list[Sample], cache: KVCache, slots: list[Stream]) -> None:
-        """Feed every stream, then let every sample that is ready pick its next id."""
-        if slots:
-            self._decode(cache, slots)
-        new = [stream for sample in samples for stream in sample.streams if stream.slot < 0]
-        while new:
-            batch = [new.pop(0)]
-            total = len(batch[0].feed)
-            while new and total + len(new[0].feed) <= PREFILL_IDS:
-                total += len(new[0].feed)
-                batch.append(new.pop(0))
-            self._prefill(batch, cache, slots)
-        # Sorted before anything is picked: a text that picks boi has new guides to prefill first.
-        writing = [sample for sample in samples if sample.ready and not sample.to_draw]
-        drawing = [sample for sample in samples if sample.ready and sample.to_draw]
-        self._pick_text(writing)
-        self._pick_image(drawing, cache, slots)
+    def _close(self, *streams: Stream) -> None:
+        for stream in streams:
+            self._pool.close(stream.lease, stream.ids[: stream.fed])
+            self._slots.append(stream.slot)
 
-    def _prefill(self, streams: list[Stream], cache: KVCache, slots: list[Stream]) -> None:
-        lengths = [len(stream.feed) for stream in streams]
-        cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
-        numbers = cache.open(len(streams), max(lengths))
-        cache.begin_prefill(numbers, cu_seqlens)
-        ids = [i for stream in streams for i in stream.feed]
-        positions = [p for length in lengths for p in range(length)]
-        hidden = self._forward([ids], [positions], cache)[0]
-        for stream, number, end, length in zip(streams, numbers, cu_seqlens[1:].tolist(), lengths, strict=True):
-            stream.feed.clear()
-            stream.slot, stream.position, stream.hidden = number, length, hidden[end - 1]
-            slots.append(stream)
+    # ---- a turn ----
 
-    def _decode(self, cache: KVCache, slots: list[Stream]) -> None:
-        cache.begin_decode(len(slots))
-        ids = [[stream.feed.popleft()] for stream in slots]
-        hidden = self._forward(ids, [[stream.position] for stream in slots], cache)[:, 0]
-        for stream, row in zip(slots, hidden, strict=True):
-            stream.position += 1
-            stream.hidden = row
+    @torch.inference_mode()
+    def _turn(self, samples: list[Sample]) -> Turn:
+        """Launch one step of everything that can go on; what was picked, and for whom."""
+        self._prefill()
+        going = [sample for sample in samples if sample.due is not grammar.Due.NOTHING]
+        hungry = [s for sample in going for s in sample.streams if s.fed < sample.length(s)]
+        if hungry:
+            lost = [stream for stream in hungry if stream.at != stream.fed]
+            self._place(lost)
+            self.steps.decode([stream.slot for stream in hungry])
+            for stream in hungry:
+                stream.fed += 1
+        ready = [sample for sample in going if sample.ready]
+        assert hungry or ready or not going, "no sample can go on"
+        writing = [sample for sample in ready if sample.due is grammar.Due.TEXT]
+        drawing = [sample for sample in ready if sample.due is grammar.Due.IMAGE]
+        launched = []
+        if writing:
+            picked = self.steps.pick_text([sample.main.slot for sample in writing])
+            launched.append(([sample.launched() for sample in writing], picked))
+        if drawing:
+            picked = self.steps.pick_image([sample.group for sample in drawing])
+            launched.append(([sample.launched() for sample in drawing], picked))
+        return launched
 
-    def _forward(self, ids: list[list[int]], positions: list[list[int]], cache: KVCache) -> torch.Tensor:
-        return self.model.model(
-            input_ids=torch.tensor(ids, device=self.device),
-            position_ids=torch.tensor(positions, device=self.device),
-            kv_cache=cache,
-            use_cache=False,
-        ).last_hidden_state
+    def _prefill(self) -> None:
+        """Compute the prompts of new streams, in passes of at most PREFILL_IDS ids."""
+        fresh, self._fresh = deque(self._fresh), []
+        while fresh:
+            batch, total = [], 0
+            while fresh and (not batch or total + len(fresh[0].ids) - fresh[0].lease.cached <= PREFILL_IDS):
+                batch.append(fresh.popleft())
+                total += len(batch[-1].ids) - batch[-1].lease.cached
+            slots = [stream.slot for stream in batch]
+            self.steps.prefill(slots, [stream.lease for stream in batch], [stream.ids for stream in batch])
+            for stream in batch:
+                # The pass wrote their last states, so the last id counts as fed.
+                stream.fed = len(stream.ids) - 1
+            self._place(batch)
+            for stream in batch:
+                stream.fed += 1
+        self._pool.settle()
 
-    def _logits(self, streams: list[Stream]) -> torch.Tensor:
-        return self.model.lm_head(torch.stack([stream.hidden for stream in streams])).float()
+    def _place(self, streams: list[Stream]) -> None:
+        """Tell the device what the id at each stream's first position that is not fed is, and that it is the last."""
+        if streams:
+            last = [stream.ids[stream.fed] for stream in streams]
+            self.steps.slots.place([s.slot for s in streams], last, [s.fed for s in streams])
+            for stream in streams:
+                stream.at = stream.fed
 
-    def _column(self, samples: list[Sample], name: str) -> torch.Tensor:
-        return torch.tensor([[getattr(s.request, name)] for s in samples], dtype=torch.float32, device=self.device)
-
-    def _pick_text(self, samples: list[Sample]) -> None:
-        """The next text id, boi or eos of each sample."""
-        if not samples:
-            return
-        allowed = []
-        for s in samples:
-            begin = grammar.may_begin_image(s.request.mode, len(s.ids), s.request.max_length)
-            allowed.append(self._masks["any" if begin else "text"])
-        logits = self._logits([s.main for s in samples]).masked_fill(~torch.stack(allowed), float("-inf"))
-        seen = torch.stack([s.seen for s in samples])
-        logits = sampling.penalize_repetition(logits, seen, self._column(samples, "repetition_penalty"))
-        picked = self._draw(samples, logits, "temperature", "top_p")
-        for sample, new in zip(samples, picked, strict=True):
-            sample.append(new)
-            sample.text_left -= 1
-            if new == self.layout.boi:
-                sample.to_draw = IMAGE_CODES
-                self._open_guides(sample)
-            elif new == self.layout.eos or not sample.text_left or len(sample.ids) >= sample.request.max_length:
-                sample.done = True
-
-    def _pick_image(self, samples: list[Sample], cache: KVCache, slots: list[Stream]) -> None:
-        """The next image id of each sample; eoi, and back to text, after the last."""
-        if not samples:
-            return
-        full, image, none = (self._logits([(s.main, *s.guides)[i] for s in samples]) for i in (0, 1, -1))
-        scales = self._column(samples, "guidance_text"), self._column(samples, "guidance_image")
-        logits = sampling.guide(full, image, none, *scales).masked_fill(~self._masks["image"], float("-inf"))
-        picked = self._draw(samples, logits, "image_temperature", "image_top_p")
-        for sample, new in zip(samples, picked, strict=True):
-            sample.append(new)
-            sample.to_draw -= 1
-            if sample.to_draw:
-                continue
-            for guide in sample.guides:
-                _release(cache, slots, guide)
+    def _take(self, sample: Sample, new: int, narrator: Narrator | None) -> list[Event]:
+        """Follow the grammar with an id that has been read; pieces of the answer that it completes."""
+        if new < 0:
+            sample.error = "the model gave logits that are not numbers"
+            return []
+        sample.ahead -= 1
+        was_drawing = bool(sample.state.to_draw)
+        sample.take(new, self.layout)
+        pieces = [narrator.hear(new)] if narrator else []
+        if not was_drawing and sample.state.to_draw:
+            sample.void()
+            # Wakes the stream, which fell asleep over boi.
+            self.steps.slots.place([sample.main.slot], [new], [sample.main.at])
+            self._open_guides(sample)
+        if was_drawing and not sample.state.to_draw:
+            self._close(*sample.guides)
             sample.guides = []
-            if sample.request.mode == "image":
-                sample.done = True
-            else:
-                sample.append(self.layout.eoi)
-                sample.text_left = sample.request.max_new_tokens
-                sample.done = len(sample.ids) >= sample.request.max_length
-
-    def _draw(self, samples: list[Sample], logits: torch.Tensor, temperature: str, top_p: str) -> list[int]:
-        if all(sample.generator is None for sample in samples):
-            return sampling.draw(logits, [None] * len(samples))
-        logits = logits / self._column(samples, temperature)
-        logits = sampling.keep_top_p(logits, self._column(samples, top_p))
-        return sampling.draw(logits, [sample.generator for sample in samples])
+            if sample.state.eoi_due:
+                sample.take(self.layout.eoi, self.layout)
+                self.steps.slots.see(sample.main.slot, self.layout.eoi)
+        if narrator and sample.state.done:
+            pieces.append(narrator.finish())
+        return [piece for piece in pieces if piece]
 
     def _result(self, sample: Sample) -> Result:
-        new = sample.ids[sample.prompt_length :]
-        content: list[dict] = []
-        for kind, ids in grammar.split_pieces(new, self.layout):
-            if kind == "image":
-                codes = self.layout.codes_from_ids(np.array(ids))
-                content.append({"type": "image", "codes": codes})
-            else:
-                content.append({"type": "text", "text": self.tokenizer.decode(ids)})
-        return Result(sample.request.id, new, content)
-
-
-def _release(cache: KVCache, slots: list[Stream], stream: Stream) -> None:
-    """Free a stream's slot; the stream of the last slot takes its place."""
-    last = cache.close(stream.slot)
-    moved = slots.pop()
-    assert moved.slot == last
-    if moved is not stream:
-        slots[stream.slot] = moved
-        moved.slot = stream.slot
-    stream.slot = -1
+        if sample.error:
+            return Result(sample.request.id, error=sample.error)
+        new = sample.main.ids[len(sample.prompt) :]
+        return Result(sample.request.id, new, content_of(new, self.tokenizer))

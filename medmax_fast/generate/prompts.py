@@ -1,16 +1,24 @@
 """From a request to the ids that are fed: bos, text and images in order, eot, and boi where a picture is due."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+from torch import distributed
 
 from medmax_fast.data.images import load_image
 from medmax_fast.generate import grammar
+from medmax_fast.generate.requests import Request
 from medmax_fast.model.checkpoint import Checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
+from medmax_fast.model.picture_decoder import PictureDecoder
 from medmax_fast.runtime import InputError, hash_file, require_file
 from medmax_fast.vocab import TextTokenizer
 
 # Codes of the last images seen, 2 KB each: several questions about one image tokenize it once.
 CACHED_IMAGES = 10_000
+# Images encoded at a time, which bounds memory; threads that read them meanwhile.
+ENCODE_BATCH = 8
+THREADS = 8
 
 
 class PromptEncoder:
@@ -21,6 +29,8 @@ class PromptEncoder:
         self.device = device
         self.tokenizer = TextTokenizer(checkpoint.tokenizer_path)
         self._image_tokenizer: ImageTokenizer | None = None
+        self._pictures: PictureDecoder | None = None
+        # By the hash of the file.
         self._codes: dict[str, np.ndarray] = {}
 
     @property
@@ -30,26 +40,54 @@ class PromptEncoder:
             self._image_tokenizer = ImageTokenizer.from_checkpoint(self.checkpoint, self.device)
         return self._image_tokenizer
 
-    def encode(self, request) -> list[int]:
-        """Prompt ids of an engine Request; InputError for a prompt that cannot be run."""
+    @property
+    def pictures(self) -> PictureDecoder:
+        """The way back, from codes to pixels."""
+        if self._pictures is None:
+            self._pictures = PictureDecoder(self.image_tokenizer)
+        return self._pictures
+
+    def encode(self, request: Request) -> list[int]:
+        """Prompt ids of a request; InputError for one that cannot be run."""
+        (ids,) = self.encode_many([request])
+        if isinstance(ids, InputError):
+            raise ids
+        return ids
+
+    def encode_many(self, requests: list[Request], group=None) -> list[list[int] | InputError]:
+        """Prompt ids of each request, or why it cannot be run; images are read in threads and encoded in batches.
+
+        group: processes that all make this call; the first one's answer is everybody's.
+        """
+        answers: list = []
+        if group is None or distributed.get_rank(group) == 0:
+            codes = self._image_codes({path for request in requests for path in _image_paths(request)})
+            answers = [self._encode(request, codes) for request in requests]
+        if group is not None:
+            shared = [answers]
+            distributed.broadcast_object_list(shared, group=group, group_src=0)
+            answers = shared[0]
+        return answers
+
+    def _encode(self, request: Request, codes: dict[str, np.ndarray | InputError]) -> list[int] | InputError:
         layout = self.tokenizer.layout
-        if request.mode not in grammar.MODES:
-            raise InputError(f"mode {request.mode!r}, expected one of {', '.join(grammar.MODES)}")
-        if (request.content is None) == (request.token_ids is None):
-            raise InputError("a prompt has either content or token_ids")
-        if request.token_ids is not None:
-            ids = self._check_ids(request.token_ids)
-        else:
-            ids = [layout.bos, *self._content_ids(request.content)]
-            if request.eot:
-                ids.append(layout.eot)
-        if request.mode == "image":
-            if ids[-1] != layout.boi:
-                ids.append(layout.boi)
-            if not grammar.room_for_image(len(ids), request.max_length):
-                raise InputError(f"a prompt of {len(ids)} ids leaves no room for a picture in {request.max_length}")
-        elif len(ids) >= request.max_length:
-            raise InputError(f"a prompt of {len(ids)} ids leaves no room in {request.max_length}")
+        try:
+            request.check()
+            if request.token_ids is not None:
+                ids = self._check_ids(request.token_ids)
+            else:
+                ids = [layout.bos, *self._content_ids(request.content, codes)]
+                if request.eot:
+                    ids.append(layout.eot)
+            if request.mode == "image":
+                if ids[-1] != layout.boi:
+                    ids.append(layout.boi)
+                if not grammar.room_for_image(len(ids), request.max_length):
+                    raise InputError(f"a prompt of {len(ids)} ids leaves no room for a picture in {request.max_length}")
+            elif len(ids) >= request.max_length:
+                raise InputError(f"a prompt of {len(ids)} ids leaves no room in {request.max_length}")
+        except InputError as error:
+            return error
         return ids
 
     def _check_ids(self, ids: list[int]) -> list[int]:
@@ -61,10 +99,8 @@ class PromptEncoder:
                 raise InputError(f"token id {i!r}, expected an integer in 0..{size - 1}")
         return list(ids)
 
-    def _content_ids(self, content: list[dict]) -> list[int]:
+    def _content_ids(self, content: list[dict], codes: dict) -> list[int]:
         ids: list[int] = []
-        if not content:
-            raise InputError("an empty prompt")
         for piece in content:
             kind = piece.get("type") if isinstance(piece, dict) else None
             if kind == "text" and isinstance(piece.get("text"), str):
@@ -73,7 +109,10 @@ class PromptEncoder:
                     raise InputError("<image> in a text piece; give the image as a piece of its own")
                 ids += new
             elif kind == "image" and isinstance(piece.get("path"), str):
-                ids += self.tokenizer.layout.image_span(self.image_codes(piece["path"])).tolist()
+                found = codes[piece["path"]]
+                if isinstance(found, InputError):
+                    raise found
+                ids += self.tokenizer.layout.image_span(found).tolist()
             else:
                 raise InputError(
                     f'content piece {piece!r}, expected {{"type": "text", "text"}} or {{"type": "image", "path"}}'
@@ -82,11 +121,50 @@ class PromptEncoder:
             raise InputError("an empty prompt")
         return ids
 
-    def image_codes(self, path: str) -> np.ndarray:
-        """Codes [1024] of an image file; InputError if it is unreadable."""
-        key = hash_file(require_file(path))
-        if key not in self._codes:
-            if len(self._codes) >= CACHED_IMAGES:
-                self._codes.pop(next(iter(self._codes)))
-            self._codes[key] = self.image_tokenizer.encode(load_image(path)[None])[0].astype(np.uint16)
-        return self._codes[key]
+    def _image_codes(self, paths: set[str]) -> dict[str, np.ndarray | InputError]:
+        """Codes [1024] of each image file, or why there are none; equal files are encoded once."""
+        found: dict[str, np.ndarray | InputError] = {}
+        if not paths:
+            return found
+        with ThreadPoolExecutor(THREADS) as pool:
+            keys = dict(zip(sorted(paths), pool.map(_hash, sorted(paths)), strict=True))
+            missing = {key: path for path, key in keys.items() if isinstance(key, str) and key not in self._codes}
+            batch: list[tuple[str, np.ndarray]] = []
+            errors: dict[str, InputError] = {}
+            for start in range(0, len(missing), ENCODE_BATCH):
+                part = list(missing.items())[start : start + ENCODE_BATCH]
+                batch = []
+                for (key, _), pixels in zip(part, pool.map(_load, (path for _, path in part)), strict=True):
+                    if isinstance(pixels, InputError):
+                        errors[key] = pixels
+                    else:
+                        batch.append((key, pixels))
+                if batch:
+                    codes = self.image_tokenizer.encode(np.stack([pixels for _, pixels in batch]))
+                    self._codes.update(zip((key for key, _ in batch), codes.astype(np.uint16), strict=True))
+        for path, key in keys.items():
+            found[path] = key if isinstance(key, InputError) else errors.get(key, self._codes.get(key))
+        while len(self._codes) > CACHED_IMAGES:
+            self._codes.pop(next(iter(self._codes)))
+        return found
+
+
+def _image_paths(request: Request) -> list[str]:
+    """Paths in a request's content, whatever else is in it."""
+    content = request.content if isinstance(request.content, list) else []
+    pieces = [piece for piece in content if isinstance(piece, dict) and piece.get("type") == "image"]
+    return [piece["path"] for piece in pieces if isinstance(piece.get("path"), str)]
+
+
+def _hash(path: str) -> str | InputError:
+    try:
+        return hash_file(require_file(path))
+    except InputError as error:
+        return error
+
+
+def _load(path: str) -> np.ndarray | InputError:
+    try:
+        return load_image(path)
+    except InputError as error:
+        return error

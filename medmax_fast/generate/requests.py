@@ -1,11 +1,12 @@
-"""Requests and results of the engine, and the state of a request while it runs."""
+"""What the engine takes and gives: requests, the pieces of an answer as it is made, and results."""
 
-from collections import deque
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
-from medmax_fast.generate import sampling
+from medmax_fast.generate import grammar
+from medmax_fast.model.layout import MAX_POSITIONS
+from medmax_fast.runtime import InputError
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,9 @@ class Request:
 
     content: pieces {"type": "text", "text": str} and {"type": "image", "path": str}; or token_ids, fed as they are.
     mode: "text", "image" (exactly one picture; boi is appended unless there) or "any" (interleaved).
-    max_new_tokens: text ids per stretch of text; max_length: prompt and output together.
+    max_new_tokens: text ids per stretch of text; max_length: prompt and output together. A temperature of 0 takes the
+    likeliest id, as `greedy` does for text and pictures. What is drawn depends on (seed, id) and on nothing else in
+    the batch.
     """
 
     id: str
@@ -31,8 +34,55 @@ class Request:
     guidance_text: float = 3.0
     guidance_image: float = 1.2
     max_new_tokens: int = 1024
-    max_length: int = 4096
+    max_length: int = MAX_POSITIONS
     seed: int = 0
+
+    def check(self) -> None:
+        """InputError for a setting that no prompt can be run with."""
+        if self.mode not in grammar.MODES:
+            raise InputError(f"mode {self.mode!r}, expected one of {', '.join(grammar.MODES)}")
+        if (self.content is None) == (self.token_ids is None):
+            raise InputError("a prompt has either content or token_ids")
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                expected = f"{least:g} or more" if most == _HUGE else f"{least:g} to {most:g}"
+                raise InputError(f"{name} {value}: expected {expected}")
+        if self.repetition_penalty == 0:
+            raise InputError("repetition_penalty 0: expected a positive number")
+
+
+# Largest number that float32 settings on the device take without a second thought.
+_HUGE = 1e6
+# Fields of a Request, the least and the most each may be. NaN is within no range.
+_RANGES = (
+    ("temperature", 0, _HUGE),
+    ("image_temperature", 0, _HUGE),
+    ("top_p", 0, 1),
+    ("image_top_p", 0, 1),
+    ("repetition_penalty", 0, _HUGE),
+    ("guidance_text", -_HUGE, _HUGE),
+    ("guidance_image", -_HUGE, _HUGE),
+    ("max_new_tokens", 1, _HUGE),
+    ("max_length", 1, MAX_POSITIONS),
+)
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text that a request's answer goes on with."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PicturePiece:
+    """The codes so far, int64 [1..1024], of a request's picture `number` (0, 1, ..); all 1,024 when it is complete."""
+
+    id: str
+    number: int
+    codes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,46 +94,3 @@ class Result:
     # {"type": "text", "text": str} and {"type": "image", "codes": int64 [1024]}, in order.
     content: list[dict] = field(default_factory=list)
     error: str | None = None
-
-
-class Stream:
-    """One sequence in the cache: its slot, what is still to be fed, and the hidden state after its last id."""
-
-    def __init__(self, ids: list[int]):
-        self.feed = deque(ids)
-        self.slot = -1
-        self.position = 0
-        self.hidden: torch.Tensor | None = None
-
-
-class Sample:
-    """A running request: its ids so far and the state of its grammar."""
-
-    def __init__(self, request: Request, ids: list[int], vocab_size: int, device: torch.device):
-        self.request = request
-        self.ids = ids
-        self.prompt_length = len(ids)
-        self.text_left = request.max_new_tokens
-        # Image ids still to draw; 0 while writing text.
-        self.to_draw = 0
-        self.done = False
-        self.generator = None if request.greedy else sampling.make_generator(request.seed, request.id)
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(ids, device=device)] = True
-        self.main = Stream(ids)
-        self.guides: list[Stream] = []
-
-    @property
-    def streams(self) -> list[Stream]:
-        return [self.main, *self.guides]
-
-    @property
-    def ready(self) -> bool:
-        """Whether every stream has consumed all ids, so that the next one can be picked."""
-        return not any(stream.feed for stream in self.streams)
-
-    def append(self, new: int) -> None:
-        self.ids.append(new)
-        self.seen[new] = True
-        for stream in self.streams:
-            stream.feed.append(new)

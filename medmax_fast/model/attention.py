@@ -13,6 +13,7 @@ Shapes: T ids, H query heads, D head width, B batch rows.
 import functools
 import importlib.util
 import inspect
+import itertools
 
 import torch
 from torch.nn import functional as F
@@ -44,49 +45,62 @@ def varlen_attention(
     max_seqlen: int,
     scale: float | None = None,
     impl: str = "auto",
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> torch.Tensor:
     """Causal attention within each packed sequence, [T, H, D].
 
     cu_seqlens: int32 [n+1]; max_seqlen: the longest sequence; scale: of q.k (default D ** -0.5). k and v may have
-    fewer heads than q (each serves H / H_kv of them).
+    fewer heads than q (each serves H / H_kv of them). cu_seqlens_k, max_seqlen_k: of keys and values where a sequence
+    has more of them than queries, which then are its last ones.
     """
     if impl == "auto":
         impl = available(q_THD.device, q_THD.dtype)
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    bounds = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen_k}
     if impl == "flash_attn_3":
         from flash_attn_interface import flash_attn_varlen_func as flash_attn_3
 
-        arguments = (q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens)
-        options = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen, "softmax_scale": scale, "causal": True}
-        out = flash_attn_3(*arguments, **options)
+        out = flash_attn_3(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, **bounds, softmax_scale=scale, causal=True)
         # Early releases return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out
     if impl == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
+            q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, **bounds, softmax_scale=scale, causal=True
         )
     k_THD, v_THD = _repeat_heads(k_THD, q_THD.shape[1]), _repeat_heads(v_THD, q_THD.shape[1])
     if impl == "torch_varlen":
-        return _torch_varlen(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, scale)
+        return _torch_varlen(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale)
     assert impl == "sdpa", impl
-    bounds = cu_seqlens.tolist()
     out = torch.empty_like(q_THD) if not torch.is_grad_enabled() else None
     pieces = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
-        piece = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+    spans_q, spans_k = (list(itertools.pairwise(cu.tolist())) for cu in (cu_seqlens, cu_seqlens_k))
+    for span_q, span_k in zip(spans_q, spans_k, strict=True):
+        q = q_THD[slice(*span_q)].transpose(0, 1)[None]
+        k, v = (x[slice(*span_k)].transpose(0, 1)[None] for x in (k_THD, v_THD))
+        piece = F.scaled_dot_product_attention(q, k, v, scale=scale, **_causal(q.shape[2], k.shape[2], q.device))
+        piece = piece[0].transpose(0, 1)
         if out is None:
             pieces.append(piece)
         else:
-            out[start:end] = piece
+            out[slice(*span_q)] = piece
     return torch.cat(pieces) if out is None else out
 
 
-def _torch_varlen(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, scale):
+def _causal(queries: int, keys: int, device: torch.device) -> dict:
+    """How sdpa is told that the last query sees every key; its own `is_causal` lets the first one see the first."""
+    if queries == keys:
+        return {"is_causal": True}
+    return {"attn_mask": torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)}
+
+
+def _torch_varlen(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale):
     from torch.nn.attention.varlen import varlen_attn
 
-    arguments = (q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    arguments = (q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     if _takes_window():
         return varlen_attn(*arguments, scale=scale, window_size=(-1, 0))
     # torch 2.10 has no scale: its own D ** -0.5 is undone on q.
@@ -116,19 +130,16 @@ def packed_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    kv_cache=None,
     **_,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q, k, v [B, H, T, D] in, [B, T, H, D] out.
 
-    With `kv_cache` (generation) the cache does the attending. With `cu_seq_lens_q` the batch is one packed row.
-    Without either, every row of the batch is one sequence. A padding mask is refused rather than ignored.
+    With `cu_seq_lens_q` the batch is one packed row, without it every row of the batch is one sequence. A padding mask
+    is refused rather than ignored.
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes cu_seq_lens_q and max_length_q, not a padding mask")
     assert dropout == 0.0, "attention dropout is not supported"
-    if kv_cache is not None:
-        return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
     batch, heads, length, width = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
