@@ -236,7 +236,7 @@ def vqa(bench: Bench) -> list[dict]:
         row |= {"questions_per_s": 1 / row["p50_s"], "times": (rows or [row])[0]["p50_s"] / row["p50_s"]}
         row |= dict.fromkeys(("cached", "flop_per_s", "product_share"))
         if rows:
-            row["cached"] = engine.cached_ids / engine.prompt_ids
+            row["cached"] = engine.room.cached_ids / engine.room.prompt_ids
             row["flop_per_s"] = counted.flop(len(flat)) / len(flat) / row["p50_s"]
             row["product_share"] = row["flop_per_s"] / bench.product_flop_per_s
         expected.extend([] if rows else found)

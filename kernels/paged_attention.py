@@ -39,6 +39,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 3.9 compile without a spill for sm_80 and sm_90 (tests/test_aot.py).
 TILE, MAX_ROWS, PROGRAMS, MAX_SPLITS = 8192, 8, 528, 64
 MAX_D, LOG2_E = 256, 1.4426950408889634
+# Values of all keys that the reference takes in one piece.
+REF_TOGETHER = 1 << 19
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -151,23 +153,31 @@ def paged_attention_ref(
     lengths_S: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """The definition in plain torch, one stream after the other: its pages gathered, then torch's own attention.
+    """The definition in plain torch: pages gathered, then torch's own attention; streams together where they are small.
 
     Waits for the lengths. Arguments as `paged_attention`.
     """
     (S, H, D), (_, G, PAGE, _) = q_SHD.shape, k_pages.shape
     out = torch.zeros((S, H, D), dtype=q_SHD.dtype, device=q_SHD.device)
     heads = torch.arange(G, device=q_SHD.device)[:, None]
-    for s, length in enumerate(lengths_S.tolist()):
-        if length <= 0:
-            continue
-        # One copy, in the order that attention wants; all streams at once would take longer, page faults above all.
-        rows = (table_SP[s, : -(-length // PAGE)].long() * G + heads).flatten()
-        gathered = (pages.view(-1, PAGE, D).index_select(0, rows) for pages in (k_pages, v_pages))
-        k, v = (x.view(1, G, -1, D)[:, :, :length] for x in gathered)
+    lengths = lengths_S.tolist()
+    longest = max(lengths, default=0)
+    # Fewer calls against fewer page faults: what fits a cache goes in one piece, else stream by stream.
+    together = S * longest * G * D <= REF_TOGETHER and min(lengths, default=0) > 0
+    for rows in [slice(None)] if together else [slice(s, s + 1) for s in range(S) if lengths[s] > 0]:
+        length = max(lengths[rows])
+        # One copy, in the order that attention wants.
+        at = (table_SP[rows, None, : -(-length // PAGE)].clamp(0, len(k_pages) - 1).long() * G + heads).flatten()
+        gathered = (pages.view(-1, PAGE, D).index_select(0, at) for pages in (k_pages, v_pages))
+        k, v = (x.view(-1, G, len(at) // (G * len(out[rows])) * PAGE, D)[:, :, :length] for x in gathered)
+        mask = None
+        if together:
+            mask = (torch.arange(length, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
+            for x in (k, v):
+                x.masked_fill_(~mask.transpose(2, 3), 0)
         # The query heads of a key/value head are as many queries of it.
-        q = q_SHD[s].reshape(1, G, H // G, D)
-        out[s] = scaled_dot_product_attention(q, k, v, scale=scale).view(H, D)
+        q = q_SHD[rows].reshape(-1, G, H // G, D)
+        out[rows] = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(-1, H, D)
     return out
 
 

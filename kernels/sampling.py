@@ -45,6 +45,8 @@ TOLERANCE = 1e-5
 BLOCK, WARPS = 4096, 32
 MAX_IMAGE_V, IMAGE_WARPS = 8192, 16
 # How many of the likeliest the reference sorts on a CPU before it sorts a row whole.
+# Values that the reference draws from in one piece on a CPU.
+REF_VALUES = 1 << 17
 REF_LIKELIEST = 1024
 
 
@@ -316,9 +318,9 @@ def _pick_ref(x_RV, temperature_R1, top_p_R1, uniforms_R) -> torch.Tensor:
     highest_R1 = x_RV.gather(1, picked_R[:, None])
     sampled_R = temperature_R1[:, 0] > 0
     # To look at the settings a host would wait for its GPU, which draws for all rows instead.
-    # A CPU takes row by row, which its passes then find in the cache.
+    # A CPU takes as many rows as its passes then find in the cache.
     on_cpu = x_RV.device.type == "cpu"
-    for rows in sampled_R.nonzero()[:, 0].split(1) if on_cpu else [slice(None)]:
+    for rows in sampled_R.nonzero()[:, 0].split(max(1, REF_VALUES // x_RV.shape[1])) if on_cpu else [slice(None)]:
         parts = (part[rows] for part in (x_RV, highest_R1, temperature_R1, top_p_R1, uniforms_R))
         picked_R[rows] = torch.where(sampled_R[rows], _draw_ref(*parts), picked_R[rows])
     # False for a NaN, which argmax takes for the largest, too.

@@ -8,7 +8,7 @@ The public Python API, loaded on first use so that importing the package imports
     PackedLoader     packed batches of a store, resumable, the same on any number of ranks
     load_model       a checkpoint in either layout as a transformers Chameleon with packed attention
     packed_loss      summed cross-entropy of a packed batch over its supervised ids
-    Engine, Request  batched text, image and interleaved generation
+    Engine, Request  batched text, image and interleaved generation; its pieces: TextPiece, PicturePiece, Result
     evaluate         the evaluation suite
 """
 
@@ -25,6 +25,9 @@ _API = {
     "packed_loss": "medmax_fast.model.loss",
     "Engine": "medmax_fast.generate.engine",
     "Request": "medmax_fast.generate.requests",
+    "TextPiece": "medmax_fast.generate.requests",
+    "PicturePiece": "medmax_fast.generate.requests",
+    "Result": "medmax_fast.generate.requests",
     "evaluate": "medmax_fast.eval.run",
 }
 __all__ = ["__version__", *_API]

@@ -33,6 +33,8 @@ def doctor(config: DoctorConfig) -> dict:
             _path(
                 "training", _has("deepspeed") and _has("peft"), "DeepSpeed, peft", "pip install 'medmax_fast[train]'"
             ),
+            _path("captured decode steps", device.type == "cuda", "CUDA graphs", "no GPU: steps run as they are"),
+            _path("8-bit weights", _has("torchao"), "torchao", "pip install 'medmax_fast[quant]'"),
             _self_test(device),
         ],
         "versions": versions(),

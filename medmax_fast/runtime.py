@@ -192,7 +192,7 @@ def leave(status: int) -> None:
         sys.exit(status)
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized() and status == 0:
+    if distributed.is_available() and distributed.is_initialized() and status in (0, 3):
         distributed.barrier()
         distributed.destroy_process_group()
     sys.stdout.flush()

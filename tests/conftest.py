@@ -23,6 +23,14 @@ if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Tests marked gpu are left out where there is none."""
+    if not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The reference's inputs and answers: the shared folder beside a checkout, or the copy in the tree."""

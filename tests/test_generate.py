@@ -66,12 +66,12 @@ def test_golden_generation(golden, cases, batch_size, lag, device):
         assert result.token_ids == cases[i][1], result.id
     assert any(piece["type"] == "image" for result in results for piece in result.content)
     # All that was held has been given back; a second call finds the prompts in the cache and says the same.
-    assert engine._pool.free == engine._pool.size and len(engine._slots) == 384
-    before = engine.cached_ids
+    assert engine.room.empty
+    before = engine.room.cached_ids
     again = engine.generate([request for request, _ in cases[:4]], batch_size=2)
     assert [result.token_ids for result in again] == [expected for _, expected in cases[:4]]
     # The whole pages of two prompts of 1,040 and 1,044 ids.
-    assert engine.cached_ids - before >= 2 * 1024
+    assert engine.room.cached_ids - before >= 2 * 1024
 
 
 def test_one_bad_request_among_32_leaves_the_others(engine, tmp_path):
@@ -199,7 +199,7 @@ def test_two_equal_unconditioned_streams_are_one_with_equal_logits(golden, cases
     assert grammar.guides(prompt, 3.0, 1.2, engine.layout) == [[0, 8197]]
     states = []
     for ids in ([0, 8197], grammar.images_only(prompt, engine.layout)):
-        stream = engine._open(ids, len(ids) + 1)
+        stream = engine.room.open(ids, len(ids) + 1)
         engine._place([replaced(stream, 0)])
         engine.steps.decode([stream.slot])
         engine._place([replaced(stream, 1)])
@@ -213,22 +213,25 @@ def replaced(stream, fed):
     return stream
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.0, 1.0), (2.0, 2.0)])
-def test_a_dropped_stream_changes_nothing(golden, scales, monkeypatch):
+def test_a_dropped_stream_changes_nothing(golden, monkeypatch):
     """Streams of weight 0 are left out; with all three the codes are the same."""
-    image = [0, 8197, *range(500, 500 + 1024), 8196]
-    request = Request("x", token_ids=[*image, 8800, 8710], mode="image", greedy=True)
-    request = replace(request, guidance_text=scales[0], guidance_image=scales[1])
+    prompt = [0, 8197, *range(500, 500 + 1024), 8196, 8800, 8710]
+    scales = [(1.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
+    requests = [
+        Request(str(pair), token_ids=prompt, mode="image", greedy=True, guidance_text=pair[0], guidance_image=pair[1])
+        for pair in scales
+    ]
     fewer = fresh_engine(golden)
-    lean = fewer.generate([request])[0].token_ids
+    lean = [result.token_ids for result in fewer.generate(requests)]
+    assert len(set(map(tuple, lean))) == 3
 
     def all_three(ids, text_scale, image_scale, layout):
         return [grammar.images_only(ids, layout), [layout.bos, layout.boi]]
 
     monkeypatch.setattr("medmax_fast.generate.engine.grammar.guides", all_three)
     whole = fresh_engine(golden)
-    assert whole.generate([request])[0].token_ids == lean
-    assert whole.prompt_ids > fewer.prompt_ids
+    assert [result.token_ids for result in whole.generate(requests)] == lean
+    assert whole.room.prompt_ids > fewer.room.prompt_ids
 
 
 def test_pieces_add_up_to_the_result(golden, cases):
@@ -283,7 +286,7 @@ def test_an_abandoned_call_leaves_nothing_behind(golden, cases, tmp_path, stop_a
     for _ in range(stop_at + 1):
         next(events)
     events.close()
-    assert engine._pool.free == engine._pool.size and len(engine._slots) == 384
+    assert engine.room.empty
     assert engine.generate([request])[0].token_ids == expected
 
 
@@ -364,10 +367,20 @@ def test_memory_for_the_cache_is_checked(golden):
     engine = Engine.from_checkpoint(golden / "checkpoint", device="cpu", cache_gb=0.01)
     size = position_bytes(engine.decoder)
     assert size == 2 * 2 * 64 * 4
-    assert 0.9e7 < engine._pool.size * PAGE * size <= 1e7
+    assert 0.9e7 < engine.cache.pool.size * PAGE * size <= 1e7
 
 
 def test_batch_size_is_checked(engine):
     with pytest.raises(ValueError, match="batch_size 0"):
         engine.generate([], batch_size=0)
     assert engine.generate([]) == []
+
+
+def test_one_call_at_a_time(golden):
+    engine = fresh_engine(golden)
+    events = engine.stream(sampled(2))
+    next(events)
+    with pytest.raises(RuntimeError, match="running another call; exhaust or close its stream first"):
+        engine.generate(sampled(1))
+    events.close()
+    assert len(engine.generate(sampled(1))) == 1

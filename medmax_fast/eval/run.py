@@ -82,7 +82,8 @@ def read_samples(path: Path, questions: list[Question]) -> dict[str, dict]:
         os.truncate(path, len(whole))
     known = {question.id for question in questions}
     samples = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    # Not as text, where an answer may hold other ends of lines.
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             sample = json.loads(line)
         except json.JSONDecodeError as error:

@@ -72,10 +72,10 @@ class KVCache:
 
     def run_prefill(self, ids_T: torch.Tensor, plan: Prefill) -> torch.Tensor:
         """Last hidden states [n, C] of a packed pass."""
+        pages, offsets = plan.all_places // PAGE, plan.all_places % PAGE
 
         def attend(index: int, layer: Layer, qkv_TK: torch.Tensor) -> torch.Tensor:
             q_THD = self._store(index, layer, qkv_TK, plan.positions_T, plan.places_T)
-            pages, offsets = plan.all_places // PAGE, plan.all_places % PAGE
             k, v = (self.kv[index, half][pages, :, offsets] for half in (0, 1))
             out = varlen_attention(
                 q_THD, k, v, plan.cu_new, plan.longest_new, cu_seqlens_k=plan.cu_all, max_seqlen_k=plan.longest_all

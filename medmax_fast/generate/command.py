@@ -13,9 +13,10 @@ from torch import distributed
 from medmax_fast.config import GenerateConfig
 from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
-from medmax_fast.generate.writer import Writer, picture_name
+from medmax_fast.generate.writer import OUTPUTS, Writer, count_rejected, picture_name, read_journal
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.runtime import (
+    SETTINGS_FILE,
     InputError,
     Progress,
     TooManyRejected,
@@ -26,6 +27,7 @@ from medmax_fast.runtime import (
     rank_and_world,
     require_at_least,
     require_file,
+    require_new,
 )
 
 # What runs where, how much at a time and what is shown meanwhile does not change the output.
@@ -41,6 +43,11 @@ def generate(config: GenerateConfig) -> dict:
     if config.cache_gb < 0:
         raise InputError(f"--cache-gb {config.cache_gb}: expected 0 or more")
     require_at_least(config, 1, "batch_size", "max_new_tokens", "max_length")
+    try:
+        _request(config, "flags", token_ids=[]).check()
+    except InputError as error:
+        name, _, rest = str(error).partition(" ")
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from error
     return _generate_file(config) if config.prompts else _generate_one(config)
 
 
@@ -48,26 +55,46 @@ def _generate_file(config: GenerateConfig) -> dict:
     requests = read_prompts(config.prompts, config)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings["prompts_sha256"] = hash_file(config.prompts)
-    group = _join()
+    group = _join(config.device)
+    output, ours = Path(config.output), rank_and_world()[0] == 0
+    # A folder that is there is looked at before a model is loaded, a new one is made only after that.
+    found = _agree(_look_up(output, settings) if ours else None, group)
+    if isinstance(found, InputError):
+        raise found
+    finished, done = found
+    if finished:
+        return _summary(output, len(requests))
     engine = _open_engine(config, group)
-    writer = None
-    if rank_and_world()[0] == 0:
-        writer = Writer(open_output(config.output, "generate", settings), engine, config.preview)
-    finished, done = _agree((writer.finished, writer.read_journal()) if writer else None, group)
-    todo = [] if finished else [request for request in requests if request.id not in done]
-    events = engine.stream(todo, config.batch_size)
-    if writer is None:
+    events = engine.stream([request for request in requests if request.id not in done], config.batch_size)
+    if not ours:
         # The other ranks compute what the first one writes.
         return {"events": sum(1 for _ in events)}
+    writer = Writer(open_output(output, "generate", settings), engine, config.preview)
     if done:
         log(f"generate: {len(done)} of {len(requests)} prompts are already answered in {config.output}")
-    if not finished:
-        with Progress("generate (prompts)", len(requests), len(done)) as bar:
-            writer.write(events, bar)
-        writer.finish([request.id for request in requests])
-    summary = {"prompts": len(requests), "rejected": writer.rejected}
-    summary["output"] = str(Path(config.output) / "outputs.jsonl")
-    if writer.rejected:
+    with Progress("generate (prompts)", len(requests), len(done)) as bar:
+        writer.write(events, bar)
+    writer.finish([request.id for request in requests])
+    return _summary(output, len(requests))
+
+
+def _look_up(output: Path, settings: dict) -> tuple[bool, set[str]] | InputError:
+    """Whether a folder has all answers, and the prompts that it has answers to; or what is wrong with it."""
+    try:
+        if not (output / SETTINGS_FILE).exists():
+            require_new(output)
+            return False, set()
+        open_output(output, "generate", settings)
+    except InputError as error:
+        return error
+    return read_journal(output)
+
+
+def _summary(output: Path, prompts: int) -> dict:
+    """What the command returns; TooManyRejected if there are prompts that could not be run."""
+    rejected = count_rejected(output)
+    summary = {"prompts": prompts, "rejected": rejected, "output": str(output / OUTPUTS)}
+    if rejected:
         raise TooManyRejected(summary, 0)
     return summary
 
@@ -75,7 +102,7 @@ def _generate_file(config: GenerateConfig) -> dict:
 def _generate_one(config: GenerateConfig) -> dict:
     pieces = [{"type": "image", "path": config.image}] if config.image else []
     pieces.append({"type": "text", "text": config.prompt})
-    engine = _open_engine(config, _join())
+    engine = _open_engine(config, _join(config.device))
     request = _request(config, "prompt", content=pieces)
     writer = Writer(Path(config.output or "."), engine, config.preview)
     if rank_and_world()[0]:
@@ -87,21 +114,21 @@ def _generate_one(config: GenerateConfig) -> dict:
             print(f"\n[picture: {writer.folder / picture_name(event.id, event.number)}]", flush=True)
         elif isinstance(event, Result):
             result = event
-    print()
     if result.error:
         raise InputError(result.error)
+    print()
     content = writer.content(result)
     answer = " ".join(piece.get("text") or f"[picture: {piece['path']}]" for piece in content)
     pictures = [piece["path"] for piece in content if "path" in piece]
     return {"answer": answer, "pictures": pictures, "token_ids": result.token_ids, "printed": ["answer"]}
 
 
-def _join():
+def _join(device: str):
     """The process group of all ranks, or None for a single process."""
     rank, world = rank_and_world()
     if world == 1:
         return None
-    device = pick_device("auto")
+    device = pick_device(device)
     options = {"device_id": device} if device.type == "cuda" else {}
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, **options)
     return distributed.group.WORLD
@@ -116,20 +143,25 @@ def _agree(value, group):
 
 
 def _open_engine(config: GenerateConfig, group) -> Engine:
+    """The model; InputError, before it is loaded, for a checkpoint that cannot draw what is to be drawn."""
     checkpoint = open_checkpoint(config.ckpt, config.vqgan)
+    if config.mode != "text" and not any(name.startswith("decoder.") for name in checkpoint.vqgan_state()):
+        raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; --vqgan gives it one")
     return Engine.from_checkpoint(checkpoint, config.device, config.precision, config.quantize, config.cache_gb, group)
 
 
 def read_prompts(path: str, config: GenerateConfig) -> list[Request]:
     """Requests of a prompts file; image paths are absolute or relative to it. InputError names the bad line."""
     folder, requests, seen = require_file(path).parent, [], set()
-    for number, line in enumerate(require_file(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(require_file(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode())
+            # Half of a surrogate pair, as \ud83d alone, is no text that could be encoded or written.
+            json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict) or "id" not in row:
             raise InputError(f"{where}: expected an object with id and content or token_ids")

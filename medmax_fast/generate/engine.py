@@ -7,6 +7,7 @@ next id by the rules of its own state, all on the device (generate/steps.py). Id
 next turn runs; a finished request's place is refilled. Pages, captured graphs and known prefixes outlive a call.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,9 +18,10 @@ import torch
 
 from medmax_fast.generate import grammar
 from medmax_fast.generate.cache import KVCache, position_bytes
-from medmax_fast.generate.pages import PAGE, pages_of
+from medmax_fast.generate.pages import PAGE
 from medmax_fast.generate.prompts import PromptEncoder
 from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
+from medmax_fast.generate.room import Room
 from medmax_fast.generate.samples import Narrator, Sample, Stream, content_of, uniforms
 from medmax_fast.generate.steps import MAX_STREAMS, Picked, Steps
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
@@ -49,12 +51,7 @@ class Engine:
         self.cache = KVCache(decoder, positions)
         self.steps = Steps(self.cache, self.tokenizer)
         self.lag = lag if lag is not None else int(self.device.type == "cuda")
-        self._pool = self.cache.pool
-        self._slots = list(range(MAX_STREAMS, 0, -1))
-        # Streams whose prompts no pass has computed yet.
-        self._fresh: list[Stream] = []
-        # Ids that needed no pass, as they were cached, and all ids of prompts.
-        self.cached_ids, self.prompt_ids = 0, 0
+        self.room = Room(self.cache, self.steps.slots)
 
     @classmethod
     def from_checkpoint(
@@ -119,6 +116,8 @@ class Engine:
         """Events with the number of their request."""
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+        if not self.room.empty:
+            raise RuntimeError("the engine is running another call; exhaust or close its stream first")
         waiting, encoded = deque(enumerate(requests)), deque()
         running: dict[int, Sample] = {}
         narrators: dict[int, Narrator] = {}
@@ -135,7 +134,7 @@ class Engine:
                         if isinstance(ids, InputError):
                             raise ids
                         sample = Sample(number, request, ids)
-                        if not self._admit(sample, running):
+                        if not self._admit(sample):
                             break
                     except InputError as error:
                         encoded.popleft()
@@ -151,16 +150,14 @@ class Engine:
                 while len(turns) > (self.lag if launched else 0):
                     yield from self._read(turns.popleft(), running, narrators)
         finally:
-            self._fresh = []
-            self._pool.drop_unsettled()
+            self.room.drop_fresh()
             for sample in running.values():
-                self._close(*sample.streams)
+                self.room.leave(sample.number, sample.streams)
 
     def _read(self, turn: Turn, running: dict[int, Sample], narrators: dict[int, Narrator]) -> Iterator:
         """Take ids that have been read; events of what they complete."""
-        for (sample, epoch), new in (
-            (who, new) for whose, ids in turn for who, new in zip(whose, ids.read(), strict=True)
-        ):
+        picks = itertools.chain.from_iterable(zip(whose, picked.read(), strict=True) for whose, picked in turn)
+        for (sample, epoch), new in picks:
             number = sample.number
             if epoch != sample.epoch or number not in running:
                 continue
@@ -169,28 +166,18 @@ class Engine:
             if sample.error or sample.state.done:
                 del running[number]
                 narrators.pop(number, None)
-                self._close(*sample.streams)
+                self.room.leave(number, sample.streams)
                 yield number, self._result(sample)
 
-    # ---- what a running sample holds ----
-
-    def _admit(self, sample: Sample, running: dict[int, Sample]) -> bool:
+    def _admit(self, sample: Sample) -> bool:
         """Give a sample its main stream, and its guides if it draws at once; False if there is no room for now.
 
-        InputError if there never will be. A stream has pages for its whole length from the start, so what is kept for
-        later is the guides of samples that may come to draw.
+        InputError if there never will be.
         """
         length, guides = self._worst_case(sample)
-        pages = self._pool.needs(sample.prompt, length) + sum(map(pages_of, guides))
-        kept_pages, kept_slots = (sum(pair) for pair in zip((0, 0), *(s.kept for s in running.values()), strict=True))
-        if pages > self._pool.free - kept_pages or 1 + len(guides) > len(self._slots) - kept_slots:
-            if running:
-                return False
-            need, have = (pages_of(length) + sum(map(pages_of, guides))) * PAGE, self._pool.size * PAGE
-            raise InputError(f"needs {need} positions of the cache, which holds {have}; lower max_length")
-        if sample.request.mode == "any":
-            sample.kept = sum(map(pages_of, guides)), len(guides)
-        sample.main = self._open(sample.prompt, length)
+        if not self.room.admit(sample.number, sample.prompt, length, guides, later=sample.request.mode == "any"):
+            return False
+        sample.main = self.room.open(sample.prompt, length)
         random = uniforms(sample.request, MAX_POSITIONS)
         self.steps.slots.configure(sample.main.slot, sample.request, sample.prompt, sample.rules, random)
         if sample.state.to_draw:
@@ -213,29 +200,11 @@ class Engine:
         prompts = grammar.guides(image, *scales, self.layout)
         return rules.max_length, [rules.max_length if len(p) > 2 else 2 + IMAGE_CODES for p in prompts]
 
-    def _open(self, ids: list[int], length: int) -> Stream:
-        lease = self._pool.open(ids, length)
-        self.cache.copy_page(lease)
-        stream = Stream(list(ids), self._slots.pop(), lease)
-        self.steps.slots.open(stream.slot, lease)
-        self.cached_ids += lease.cached
-        self.prompt_ids += len(ids)
-        if not lease.short:
-            self._fresh.append(stream)
-        return stream
-
     def _open_guides(self, sample: Sample) -> None:
         """The streams that guidance needs beside the full one."""
         scales = sample.request.guidance_text, sample.request.guidance_image
         for prompt in grammar.guides(sample.main.ids, *scales, self.layout):
-            sample.guides.append(self._open(prompt, len(prompt) + IMAGE_CODES))
-
-    def _close(self, *streams: Stream) -> None:
-        for stream in streams:
-            self._pool.close(stream.lease, stream.ids[: stream.fed])
-            self._slots.append(stream.slot)
-
-    # ---- a turn ----
+            sample.guides.append(self.room.open(prompt, len(prompt) + IMAGE_CODES))
 
     @torch.inference_mode()
     def _turn(self, samples: list[Sample]) -> Turn:
@@ -264,7 +233,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Compute the prompts of new streams, in passes of at most PREFILL_IDS ids."""
-        fresh, self._fresh = deque(self._fresh), []
+        fresh = deque(self.room.fresh())
         while fresh:
             batch, total = [], 0
             while fresh and (not batch or total + len(fresh[0].ids) - fresh[0].lease.cached <= PREFILL_IDS):
@@ -278,7 +247,7 @@ class Engine:
             self._place(batch)
             for stream in batch:
                 stream.fed += 1
-        self._pool.settle()
+        self.room.settle()
 
     def _place(self, streams: list[Stream]) -> None:
         """Tell the device what the id at each stream's first position that is not fed is, and that it is the last."""
@@ -303,7 +272,7 @@ class Engine:
             self.steps.slots.place([sample.main.slot], [new], [sample.main.at])
             self._open_guides(sample)
         if was_drawing and not sample.state.to_draw:
-            self._close(*sample.guides)
+            self.room.close(sample.guides)
             sample.guides = []
             if sample.state.eoi_due:
                 sample.take(self.layout.eoi, self.layout)

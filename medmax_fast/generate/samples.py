@@ -40,8 +40,6 @@ class Sample:
         self.state = grammar.begin(self.rules, len(prompt))
         self.main: Stream | None = None
         self.guides: list[Stream] = []
-        # Pages and slots that are kept free for its guides, while it has them too: shared pages may not come back.
-        self.kept = (0, 0)
         # Picks that are launched and not read; those of an earlier epoch are void.
         self.ahead = 0
         self.epoch = 0

@@ -14,10 +14,11 @@ from medmax_fast.model.picture_decoder import write_png
 from medmax_fast.runtime import Progress, atomic_path, log
 from medmax_fast.vocab import IMAGE_CODES
 
+OUTPUTS, REJECTED = "outputs.jsonl", "rejected.jsonl"
 _JOURNAL = ".outputs.journal.jsonl"
 # Pictures that are finished before they are decoded together, as long as others are still being drawn.
 _PICTURES_AT_A_TIME = 8
-# Most characters of an id in a file name.
+# Most bytes of an id in a file name.
 _STEM = 100
 
 
@@ -29,25 +30,6 @@ class Writer:
         self._journal = folder / _JOURNAL
         self._waiting: list[Result] = []
 
-    @property
-    def finished(self) -> bool:
-        """Whether all answers are there."""
-        return (self.folder / "outputs.jsonl").exists()
-
-    @property
-    def rejected(self) -> int:
-        """Prompts that could not be run."""
-        path = self.folder / "rejected.jsonl"
-        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-
-    def read_journal(self) -> set[str]:
-        """Ids of the prompts that are answered; a last line that a killed run left unfinished is cut off."""
-        if self.finished or not self._journal.exists():
-            return set()
-        text = self._journal.read_bytes()
-        os.truncate(self._journal, text.rfind(b"\n") + 1)
-        return {row["id"] for row in self._rows()}
-
     def write(self, events: Iterable[Event], bar: Progress) -> None:
         """Save what the engine gives; what is finished is kept however this ends."""
         done = bar.done
@@ -56,7 +38,10 @@ class Writer:
                 if isinstance(event, PicturePiece):
                     self.preview(event)
                 elif isinstance(event, Result):
-                    self._waiting.append(event)
+                    if _pictures(event):
+                        self._waiting.append(event)
+                    else:
+                        self._enter([event])
                     done += 1
                     bar.update(done)
                     if sum(_pictures(result) for result in self._waiting) >= _PICTURES_AT_A_TIME:
@@ -66,8 +51,11 @@ class Writer:
 
     def finish(self, order: list[str]) -> None:
         """outputs.jsonl and rejected.jsonl from the journal, in the order of the prompts."""
-        rows = {row["id"]: row for row in self._rows()}
-        for name, rejected in (("rejected.jsonl", True), ("outputs.jsonl", False)):
+        rows = {row["id"]: row for row in _rows(self._journal)}
+        # What killed runs have left: files half written, and pictures half drawn.
+        for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("*.preview.png")):
+            left.unlink()
+        for name, rejected in ((REJECTED, True), (OUTPUTS, False)):
             kept = [rows[i] for i in order if ("reason" in rows[i]) == rejected]
             if kept or not rejected:
                 with atomic_path(self.folder / name) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -104,25 +92,57 @@ class Writer:
 
     def _flush(self) -> None:
         """Decode the waiting pictures together, save them, and enter their answers into the journal."""
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting
         if not waiting:
             return
         codes = [piece["codes"] for result in waiting for piece in result.content if piece["type"] == "image"]
         names = [picture_name(result.id, n) for result in waiting for n in range(_pictures(result))]
         for name, pixels in zip(names, self._engine.decode_images(np.array(codes)) if codes else (), strict=True):
             write_png(self.folder / name, pixels)
+        self._enter(waiting)
+        # Only now: an interrupt may come before.
+        self._waiting = []
+
+    def _enter(self, results: list[Result]) -> None:
+        """Append answers to the journal."""
         with open(self._journal, "a", encoding="utf-8") as file:
-            for result in waiting:
+            for result in results:
                 row = {"id": result.id, "token_ids": result.token_ids, "content": self.content(result)}
                 if result.error:
                     log(f"{result.id}: {result.error}")
                     row = {"id": result.id, "reason": result.error}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            if any(map(_pictures, results)):
+                # Should the machine go down; answers in text come too fast to wait for a disk each time.
+                file.flush()
+                os.fsync(file.fileno())
 
-    def _rows(self) -> list[dict]:
-        return [json.loads(line) for line in self._journal.read_text(encoding="utf-8").splitlines()]
+
+def read_journal(folder: Path) -> tuple[bool, set[str]]:
+    """Whether all answers are there, else the ids of the prompts that are answered.
+
+    A last line that a killed run left unfinished is cut off.
+    """
+    journal = folder / _JOURNAL
+    if (folder / OUTPUTS).exists():
+        journal.unlink(missing_ok=True)
+        return True, set()
+    if not journal.exists():
+        return False, set()
+    text = journal.read_bytes()
+    os.truncate(journal, text.rfind(b"\n") + 1)
+    return False, {row["id"] for row in _rows(journal)}
+
+
+def count_rejected(folder: Path) -> int:
+    """Prompts that could not be run."""
+    path = folder / REJECTED
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _rows(journal: Path) -> list[dict]:
+    # Not splitlines of a str, for which a line may end within an answer, as at U+2028.
+    return [json.loads(line) for line in journal.read_bytes().splitlines()]
 
 
 def _pictures(result: Result) -> int:
@@ -131,7 +151,8 @@ def _pictures(result: Result) -> int:
 
 def picture_name(request_id: str, number: int) -> str:
     """A file name for a request's picture `number`, another one for every id."""
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in request_id)[:_STEM]
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in request_id)
+    stem = stem.encode()[:_STEM].decode(errors="ignore")
     if stem != request_id:
         stem += "-" + hashlib.sha256(request_id.encode()).hexdigest()[:8]
     return f"{stem}-{number}.png"
