@@ -162,8 +162,10 @@ def paged_attention_ref(
     heads = torch.arange(G, device=q_SHD.device)[:, None]
     lengths = lengths_S.tolist()
     longest = max(lengths, default=0)
-    # Fewer calls against fewer page faults: what fits a cache goes in one piece, else stream by stream.
-    together = S * longest * G * D <= REF_TOGETHER and min(lengths, default=0) > 0
+    # Fewer calls against fewer page faults: what fits a cache goes in one piece, else stream by stream. So do 16 bits,
+    # some of which the lengths of other streams would change: torch rounds the weights block by block.
+    small = S * longest * G * D <= REF_TOGETHER and min(lengths, default=0) > 0
+    together = small and q_SHD.dtype.itemsize >= 4
     for rows in [slice(None)] if together else [slice(s, s + 1) for s in range(S) if lengths[s] > 0]:
         length = max(lengths[rows])
         # One copy, in the order that attention wants.

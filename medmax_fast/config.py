@@ -244,7 +244,7 @@ class GenerateConfig:
     max_length: int = option(4096, "prompt and output together")
     batch_size: int = option(16, "prompts generated at a time, as far as the cache has room for them")
     preview: bool = option(False, "show each picture while it is being drawn, as NAME.preview.png")
-    seed: int = option(0, "of sampling; each prompt draws from (seed, id) whatever else is in the batch")
+    seed: int = option(0, "of sampling; each prompt has random numbers of its own, from (seed, id)")
     precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
     quantize: str = option("none", "8-bit weights by torchao; answers change", ("none", "int8", "fp8"))
     cache_gb: float = option(0.0, "GB for keys and values (0: three quarters of the memory that is free)")

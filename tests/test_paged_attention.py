@@ -182,6 +182,16 @@ def test_a_stream_depends_on_no_other_and_a_run_on_no_run(monkeypatch):
     assert torch.equal(paged_attention(q[2:], k, v, table[2:], lengths[2:], impl="triton"), first[2:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_the_reference_too_depends_on_no_other_stream(dtype):
+    """Sampled ids part within a few steps if it does: the lengths of others must not change how sums are cut."""
+    q, k, v, table, lengths = data(4, 4, 32, 64, [300, 61, 130, 77], dtype)
+    together = kernel.paged_attention_ref(q, k, v, table, lengths)
+    for s in range(4):
+        alone = kernel.paged_attention_ref(q[s : s + 1], k, v, table[s : s + 1], lengths[s : s + 1])
+        assert torch.equal(alone[0], together[s])
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_offsets_beyond_32_bits(impl):
     q, k, v, _, _ = data(2, 1, 32, 64, [64, 64, 30], dtype=torch.float16)

@@ -16,8 +16,7 @@ class Request:
     content: pieces {"type": "text", "text": str} and {"type": "image", "path": str}; or token_ids, fed as they are.
     mode: "text", "image" (exactly one picture; boi is appended unless there) or "any" (interleaved).
     max_new_tokens: text ids per stretch of text; max_length: prompt and output together. A temperature of 0 takes the
-    likeliest id, as `greedy` does for text and pictures. What is drawn depends on (seed, id) and on nothing else in
-    the batch.
+    likeliest id, as `greedy` does for text and pictures. Random numbers come from (seed, id) and the position alone.
     """
 
     id: str
