@@ -4,6 +4,7 @@ The compilation runs in processes of their own (this file as a script, one for e
 that the other tests use replaces the compiler when triton is imported.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -455,12 +456,24 @@ def inspect_kernel(kernel, signature, constants, aligned, options, capability):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory, request):
+    """What compiling every case gave, by target; the first worker to ask compiles for all."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    results = folder / "aot.json"
+    with open(folder / "aot.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not results.exists():
+            results.write_text(json.dumps(compile_all(tmp_path_factory.mktemp("triton"), request.config.rootpath)))
+    return json.loads(results.read_text())
+
+
+def compile_all(cache, root):
+    """Every case for every target, a process for each target."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(request.config.rootpath)
     # An empty cache, so that the compiler really runs.
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)}
     runs = [
         subprocess.Popen(
             [sys.executable, __file__, str(capability)],

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
 from torch import distributed
 
 from medmax_fast.config import GenerateConfig
@@ -130,6 +131,9 @@ def _join(device: str):
         return None
     device = pick_device(device)
     options = {"device_id": device} if device.type == "cuda" else {}
+    if device.type == "cuda":
+        # Kernels and graphs run on the current device.
+        torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, **options)
     return distributed.group.WORLD
 
