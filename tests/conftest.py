@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; Triton runs in its interpreter wherever there is no GPU."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -38,6 +39,26 @@ def golden() -> Path:
         if (folder / "image_codes.json").exists():
             return folder
     pytest.fail("no golden data: expected tests/golden or ../shared/golden")
+
+
+@pytest.fixture(scope="session")
+def cases(golden):
+    """(request, expected new ids) of every prompt of generation.json."""
+    from medmax_fast.generate.requests import Request
+
+    names = {
+        "max_gen_len": "max_new_tokens",
+        "max_seq_len": "max_length",
+        "guidance_scale_text": "guidance_text",
+        "guidance_scale_image": "guidance_image",
+    }
+    found = []
+    for case in json.loads((golden / "generation.json").read_text()):
+        options = {names.get(name, name): value for name, value in case["options"].items()}
+        for i, (prompt, expected) in enumerate(zip(case["prompt_ids"], case["generated"], strict=True)):
+            found.append((Request(f"{case['name']}-{i}", token_ids=prompt, **options), expected))
+    assert len(found) == 9
+    return found
 
 
 @pytest.fixture()

@@ -34,24 +34,6 @@ def engine(golden):
     return Engine.from_checkpoint(golden / "checkpoint", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def cases(golden):
-    """(request, expected new ids) of every prompt of generation.json."""
-    names = {
-        "max_gen_len": "max_new_tokens",
-        "max_seq_len": "max_length",
-        "guidance_scale_text": "guidance_text",
-        "guidance_scale_image": "guidance_image",
-    }
-    found = []
-    for case in json.loads((golden / "generation.json").read_text()):
-        options = {names.get(name, name): value for name, value in case["options"].items()}
-        for i, (prompt, expected) in enumerate(zip(case["prompt_ids"], case["generated"], strict=True)):
-            found.append((Request(f"{case['name']}-{i}", token_ids=prompt, **options), expected))
-    assert len(found) == 9
-    return found
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("batch_size", "lag"), [(16, 1), (4, 0)])
 def test_golden_generation(golden, cases, batch_size, lag, device):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from medmax_fast.cli import main
 from medmax_fast.generate.engine import Engine
-from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
+from medmax_fast.generate.requests import PicturePiece, Result, TextPiece
 from medmax_fast.generate.writer import Writer, count_rejected, picture_name, read_journal
 from medmax_fast.model.picture_decoder import write_png
 from medmax_fast.runtime import Progress
@@ -22,24 +22,6 @@ JOURNAL = ".outputs.journal.jsonl"
 INTERRUPTED = "medmax generate: interrupted; what was finished is kept, the same command continues"
 # Pictures with one stream each.
 NO_GUIDANCE = ("--guidance-text", "1", "--guidance-image", "1")
-
-
-@pytest.fixture(scope="module")
-def cases(golden):
-    """(request, expected new ids) of every prompt of generation.json."""
-    names = {
-        "max_gen_len": "max_new_tokens",
-        "max_seq_len": "max_length",
-        "guidance_scale_text": "guidance_text",
-        "guidance_scale_image": "guidance_image",
-    }
-    found = []
-    for case in json.loads((golden / "generation.json").read_text()):
-        options = {names.get(name, name): value for name, value in case["options"].items()}
-        for i, (prompt, expected) in enumerate(zip(case["prompt_ids"], case["generated"], strict=True)):
-            found.append((Request(f"{case['name']}-{i}", token_ids=prompt, **options), expected))
-    assert len(found) == 9
-    return found
 
 
 @pytest.fixture()

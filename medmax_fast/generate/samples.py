@@ -69,7 +69,7 @@ class Sample:
         return self.main.slot, streams[min(1, len(streams) - 1)].slot, streams[-1].slot
 
     def launched(self) -> tuple["Sample", int]:
-        """Count one more pick ahead; what to hand to `accepts` with its id."""
+        """Count one more pick ahead; the sample and its epoch, to be compared when the id is read."""
         self.ahead += 1
         for stream in self.streams:
             stream.at += 1
