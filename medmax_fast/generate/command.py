@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> dict:
         raise InputError("--prompts needs --output, the folder for outputs.jsonl and the pictures")
     if config.cache_gb < 0:
         raise InputError(f"--cache-gb {config.cache_gb}: expected 0 or more")
-    require_at_least(config, 1, "batch_size", "max_new_tokens", "max_length")
+    require_at_least(config, 1, "batch_size")
     try:
         _request(config, "flags", token_ids=[]).check()
     except InputError as error:

@@ -99,7 +99,7 @@ class Picked:
 
 
 class Steps:
-    """The three functions of a step over one cache; `group` as in the decoder."""
+    """The three functions of a step over one cache."""
 
     def __init__(self, cache: KVCache, tokenizer: TextTokenizer):
         self.cache, self.decoder, self.layout = cache, cache.decoder, tokenizer.layout
