@@ -12,12 +12,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 SETTINGS_FILE = "settings.json"
+# Threads that hash files; hashing leaves the interpreter free.
+_HASHERS = 8
 
 
 class InputError(ValueError):
@@ -107,6 +110,17 @@ def hash_file(path: str | Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def hash_folder(folder: str | Path) -> str:
+    """SHA-256 over the names and contents of all files below a folder that are not hidden."""
+    folder = Path(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        digests = pool.map(lambda name: hash_file(folder / name), names)
+        lines = [f"{name}\n{digest}\n" for name, digest in zip(names, digests, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def open_output(folder: str | Path, command: str, settings: dict[str, Any]) -> Path:
     """Create or reopen a command's output folder.
 
@@ -116,20 +130,26 @@ def open_output(folder: str | Path, command: str, settings: dict[str, Any]) -> P
     folder = Path(folder)
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
-    if path.exists():
-        found = read_json(path)
-        before = {"command": found.get("command"), **found.get("settings", {})}
-        now = {"command": command, **settings}
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise InputError(
-                    f"{folder}: made with {name} = {before.get(name)!r}, now {now.get(name)!r}; "
-                    "choose another --output or the same settings"
-                )
-        return folder
-    require_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"command": command, "settings": settings, "versions": versions()})
+    if not path.exists():
+        try:
+            require_new(folder)
+        except InputError:
+            # Unless another process of the same command has made the folder since.
+            if not path.exists():
+                raise
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"command": command, "settings": settings, "versions": versions()})
+            return folder
+    found = read_json(path)
+    before = {"command": found.get("command"), **found.get("settings", {})}
+    now = {"command": command, **settings}
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"{folder}: made with {name} = {before.get(name)!r}, now {now.get(name)!r}; "
+                "choose another --output or the same settings"
+            )
     return folder
 
 
@@ -307,6 +327,14 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
         for done, item in enumerate(items, 1):
             yield item
             bar.update(done)
+
+
+def bars_on_terminals_only() -> None:
+    """Switch transformers' own progress bars off where standard error is a log."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 class _Bar:

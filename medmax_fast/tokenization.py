@@ -29,7 +29,6 @@ from medmax_fast.data.shards import Contents, Shard, Shards, totals
 from medmax_fast.encoding import Encoding
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.runtime import (
-    SETTINGS_FILE,
     InputError,
     Progress,
     TooManyRejected,
@@ -70,7 +69,7 @@ def tokenize_images(config: TokenizeConfig) -> dict:
         "input_sha256": images.sha256,
         "vqgan_sha256": tokenizer.sha256,
     }
-    shards = Shards(_open_shared_output(config.output, settings), len(images.paths), config.rows_per_shard)
+    shards = Shards(open_output(config.output, "tokenize", settings), len(images.paths), config.rows_per_shard)
     contents = Contents(shards, tokenizer.num_codes)
     loader = ImageLoader(
         images, config.alpha, config.depth16, contents, device.type == "cuda", dali, postpone=gpu_decoder is not None
@@ -270,13 +269,3 @@ class TokenizeRun:
             return ", ".join(f"{row['stage']} {row['share']:.0%}" for row in stage_table(self.seconds + seconds))
 
         self.progress.update(self.contents.images_done + done_in_shard, note)
-
-
-def _open_shared_output(folder: str | Path, settings: dict) -> Path:
-    try:
-        return open_output(folder, "tokenize", settings)
-    except InputError:
-        if not (Path(folder) / SETTINGS_FILE).exists():
-            raise
-        # Another rank may have made the folder between the look and the refusal: judge it by its settings.
-        return open_output(folder, "tokenize", settings)

@@ -211,18 +211,18 @@ def test_any_process_can_do_all_of_it(fake, pictures, tmp_path, monkeypatch, cap
 def test_two_ranks_making_the_folder_at_once(tmp_path, monkeypatch):
     def other_rank_was_faster(folder):
         monkeypatch.undo()
-        runtime.open_output(folder, "tokenize", {"alpha": "drop"})
+        open_output(folder, "tokenize", {"alpha": "drop"})
         require_new(folder)
 
-    require_new = runtime.require_new
+    require_new, open_output = runtime.require_new, runtime.open_output
     for settings, message in ({"alpha": "drop"}, None), ({"alpha": "whiten"}, "made with alpha = 'drop'"):
         folder = tmp_path / settings["alpha"]
         monkeypatch.setattr(runtime, "require_new", other_rank_was_faster)
         if message:
             with pytest.raises(InputError, match=message):
-                tokenization._open_shared_output(folder, settings)
+                open_output(folder, "tokenize", settings)
         else:
-            assert tokenization._open_shared_output(folder, settings) == folder
+            assert open_output(folder, "tokenize", settings) == folder
 
 
 def test_a_folder_of_images(fake, pictures, tmp_path, monkeypatch):
