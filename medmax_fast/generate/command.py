@@ -149,7 +149,7 @@ def _agree(value, group):
 def _open_engine(config: GenerateConfig, group) -> Engine:
     """The model; InputError, before it is loaded, for a checkpoint that cannot draw what is to be drawn."""
     checkpoint = open_checkpoint(config.ckpt, config.vqgan)
-    if config.mode != "text" and not any(name.startswith("decoder.") for name in checkpoint.vqgan_state()):
+    if config.mode != "text" and not checkpoint.draws:
         raise InputError(f"{config.ckpt}: no VQGAN decoder, so it cannot draw; --vqgan gives it one")
     return Engine.from_checkpoint(checkpoint, config.device, config.precision, config.quantize, config.cache_gb, group)
 

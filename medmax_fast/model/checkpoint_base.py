@@ -68,6 +68,11 @@ class Checkpoint:
             yield key
         self.release()
 
+    @property
+    def draws(self) -> bool:
+        """Whether the VQGAN has the decoder that turns codes into pictures."""
+        return any(name.startswith("decoder.") for name in self.vqgan_state())
+
     def vqgan_state(self) -> dict[str, torch.Tensor]:
         """The VQGAN's tensors by their taming names; without `decoder.*` where there is none.
 
