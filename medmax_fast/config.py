@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+PROTOCOLS = ("medmax-v1", "strict")
 VQGAN = "vqgan.ckpt to use in place of what the checkpoint holds of it, so that a Hugging Face folder can draw"
 SHARDS = "files of a checkpoint in the Chameleon layout, as Chameleon-30B has four (0: as many as the source had)"
 
@@ -253,17 +254,46 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate a model on the MedMax evaluation folder."""
+    """Evaluate a model on the MedMax evaluation folder. Keys of servers are read from the environment."""
 
     data: str = required("folder with one Parquet (or JSONL) of questions beside images/")
-    output: str = required("folder for samples.jsonl and results.json")
+    output: str = required("folder for samples.jsonl, results.json and pictures")
     ckpt: str = option("", "checkpoint folder (native backend)")
-    backend: str = option("native", "what answers", ("native",))
+    vqgan: str = option("", VQGAN)
+    backend: str = option(
+        "native", "what answers: our engine, a Hugging Face model, or a server", ("native", "hf", "openai")
+    )
+    model: str = option("", "with --backend hf: folder or hub name; with openai: the server's name of the model")
+    api_url: str = option("", "server of --backend openai (default: OPENAI_BASE_URL, else OpenAI's)")
     tasks: str = option("", "task ids such as vqa_rad_closed, comma-separated (default: all that the data holds)")
     limit: int = option(0, "questions per task (0: all)")
-    protocol: str = option("medmax-v1", "scoring rules", ("medmax-v1", "strict"))
-    judge: str = option("none", "what judges open answers (their tasks are skipped and named without one)", ("none",))
-    batch_size: int = option(16, "questions answered at a time")
+    protocol: str = option("medmax-v1", "scoring rules; both are computed, this one is put first", PROTOCOLS)
+    prompt_form: str = option(
+        "auto",
+        "how questions are put (auto: tuned for our engine, chat for others); base is for models without tuning",
+        ("auto", "tuned", "base", "chat"),
+    )
+    max_new_tokens: int = option(0, "bound of every answer in text (0: as published, per task)")
+    judge: str = option("none", "what judges open answers (none: only compared word by word)", ("none", "openai"))
+    judge_model: str = option("gpt-4o-mini-2024-07-18", "the judge; name a snapshot, so that it stays the same")
+    judge_url: str = option("", "server of the judge (default: OPENAI_BASE_URL, else OpenAI's)")
+    judge_prompts: str = option("", "YAML or JSON file with other words for the judge: accuracy, relative")
+    clip: str = option(
+        "auto",
+        "image-text encoder: biomedclip, an open_clip or transformers model (hub name or folder), none "
+        "(auto: biomedclip if open_clip is installed)",
+    )
+    fid: str = option(
+        "none",
+        "FID and KID of generated pictures too, on features of --clip or of Inception",
+        ("none", "clip", "inception"),
+    )
+    budget: float = option(0.0, "US dollars that servers may cost (0: no limit)")
+    price: str = option("", "of --model in dollars per million ids, IN,OUT (known for OpenAI's)")
+    judge_price: str = option("", "of --judge-model, as --price")
+    concurrency: int = option(8, "requests to a server at a time")
+    batch_size: int = option(32, "questions answered at a time")
+    batch_tokens: int = option(65536, "ids of a batch, after which answers are saved; images are counted once")
     precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
     device: str = option("auto", "where the model runs", DEVICES)
 

@@ -14,6 +14,8 @@ from medmax_fast.runtime import atomic_path
 
 DARK, MIDDLE, LIGHT, GREY = "#0B4F7D", "#D55E00", "#E9B44C", "#6B6B6B"
 SERIES = ((DARK, "-", "o", ""), (MIDDLE, "--", "s", "//"), (LIGHT, "-.", "^", ".."), (GREY, ":", "D", "xx"))
+# Markers of dot plots: for more runs than SERIES has colours, and without the diamond of published values.
+DOTS = ("o", "s", "^", "v", "P", "X", "<", ">")
 GRID = "#DDDDDD"
 DPI = 130
 # Of a loss curve; more would fill the figure with the noise from step to step.
@@ -118,31 +120,104 @@ def _draw_fill(axes, fill: Mapping[int, float], padded: Mapping[int, float]) -> 
     axes.set_xticks(range(0, 101, 20))
 
 
-def evaluation_bars(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, published=None) -> Path:
-    """Accuracy per task with 95 % intervals, the runs side by side.
+def evaluation_bars(runs: Mapping[str, Mapping[str, Sequence]], path: str | Path, published=None) -> Path:
+    """Accuracy per task with 95 % intervals, the runs side by side, in two rows where one would be too long.
 
-    runs: run name -> task id -> (accuracy, low, high) as fractions. published: {"name": str, "tasks": task id ->
-    percent}, drawn as open diamonds since it was not measured by us.
+    runs: run name -> task id -> (accuracy, low, high) as fractions, low and high None where there is no interval.
+    published: {"name": str, "tasks": task id -> percent}, drawn as open diamonds since it was not measured by us.
     """
-    tasks = list(dict.fromkeys(task for values in runs.values() for task in values))
-    figure, ((axes,),) = _figure(max(5.0, 1.6 + 0.32 * len(tasks) * (1 + len(runs))), 3.8)
+    tasks = _tasks(runs)
+    rows = 1 if len(tasks) * (1 + len(runs)) <= 20 else 2
+    length = -(-len(tasks) // rows)
+    width = min(max(5.0, 1.0 + length, 1.6 + 0.32 * length * (1 + len(runs))), 7.2)
+    figure, grid = _figure(width, 0.6 + 2.8 * rows, rows)
+    for axes, first in zip(grid[:, 0], range(0, len(tasks), length), strict=True):
+        _draw_bars(axes, runs, tasks[first : first + length], published)
+        axes.set(xlim=(-0.6, length - 0.4))
+    _legend_outside(figure)
+    return _save(figure, path)
+
+
+def _tasks(runs: Mapping[str, Mapping]) -> list[str]:
+    return list(dict.fromkeys(task for values in runs.values() for task in values))
+
+
+def _draw_bars(axes, runs: Mapping, tasks: Sequence[str], published) -> None:
     width = 0.8 / len(runs)
     for i, (name, values) in enumerate(runs.items()):
         color, _, _, hatch = SERIES[i % len(SERIES)]
-        own = [(k, 100 * np.array(values[task])) for k, task in enumerate(tasks) if task in values]
-        places = np.array([k for k, _ in own]) - 0.4 + (i + 0.5) * width
-        means, lows, highs = np.array([value for _, value in own]).T
+        places, means, errors = _own(values, tasks, i, width, 100)
         axes.bar(places, means, width, color=color, hatch=hatch, edgecolor="white", label=name)
-        axes.errorbar(places, means, [means - lows, highs - means], fmt="none", ecolor="black", capsize=3, lw=1)
-    theirs = published["tasks"] if published else {}
-    known = [(k, theirs[task]) for k, task in enumerate(tasks) if task in theirs]
-    if known:
-        label = f"{published['name']} (published)"
-        axes.plot(*zip(*known, strict=True), "D", mfc="white", mec="black", ms=7, label=label)
+        # White below black, so that the lower half shows on a dark bar.
+        for ecolor, lw in (("white", 3), ("black", 1)):
+            axes.errorbar(places, means, errors, fmt="none", ecolor=ecolor, capsize=3, lw=lw)
+    axes.plot(*_published(tasks, published), "D", mfc="white", mec="black", ms=7, label=_published_label(published))
     names = [task.rpartition("_")[0] + "\n" + task.rpartition("_")[2] for task in tasks]
     axes.set_xticks(range(len(tasks)), names, fontsize=9)
-    axes.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 103), xlim=(-0.6, len(tasks) - 0.4))
-    _legend(axes, above=True)
+    axes.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 103))
+
+
+def _own(values: Mapping[str, Sequence], tasks: Sequence[str], i: int, width: float, scale: float) -> tuple:
+    """Places [N], values [N] and distances to the interval's ends [2, N] of run i; NaN where there is no interval."""
+    own = np.array([(k, *values[task]) for k, task in enumerate(tasks) if task in values], dtype=float).reshape(-1, 4)
+    places, means, lows, highs = own.T * [[1], [scale], [scale], [scale]]
+    # Rounding must not make a distance negative.
+    return places - 0.4 + (i + 0.5) * width, means, np.maximum([means - lows, highs - means], 0)
+
+
+def _published(tasks: Sequence[str], published) -> tuple[list, list]:
+    known = published["tasks"] if published else {}
+    return [k for k, task in enumerate(tasks) if task in known], [known[task] for task in tasks if task in known]
+
+
+def _published_label(published) -> str:
+    return f"{published['name']} (published)" if published else ""
+
+
+def accuracy_dots(runs: Mapping[str, Mapping[str, Sequence]], path: str | Path, published=None) -> Path:
+    """Accuracies by answer type, a panel each for yes or no, multiple choice and open; arguments as evaluation_bars."""
+    kinds = {"_closed": "yes or no", "_mcq": "multiple choice", "_open": "open"}
+    panels = {title: [task for task in _tasks(runs) if task.endswith(end)] for end, title in kinds.items()}
+    panels = {title: tasks for title, tasks in panels.items() if tasks}
+    return _dots(panels, runs, path, published, "accuracy (%), 95 % interval", 100, (0, 100))
+
+
+def similarity_dots(runs: Mapping[str, Mapping[str, Sequence]], path: str | Path, published=None) -> Path:
+    """Cosines of images with texts or images; arguments as evaluation_bars, but published cosines are plain."""
+    return _dots({"": _tasks(runs)}, runs, path, published, "cosine similarity, 95 % interval", 1)
+
+
+def relative_dots(runs: Mapping[str, Mapping[str, Sequence]], path: str | Path, published=None) -> Path:
+    """The judge's scores relative to those of the reference answers; arguments as evaluation_bars."""
+    return _dots({"": _tasks(runs)}, runs, path, published, "score relative to the reference (%), 95 % interval", 100)
+
+
+def _dots(panels: Mapping, runs: Mapping, path: str | Path, published, unit: str, scale: float, limits=None) -> Path:
+    """Dot plot: a lane per task with the runs below each other in it; panel title -> task ids."""
+    lane = 0.14 * len(runs) + 0.16
+    heights = [lane * len(tasks) + 0.3 for tasks in panels.values()]
+    figure, grid = _figure(6.6, sum(heights) + 1.0, len(panels), heights=heights, sharex=True)
+    for axes, (title, tasks) in zip(grid[:, 0], panels.items(), strict=True):
+        for i, (name, values) in enumerate(runs.items()):
+            color, marker = SERIES[i % len(SERIES)][0], DOTS[i % len(DOTS)]
+            places, means, errors = _own(values, tasks, i, 0.8 / len(runs), scale)
+            axes.errorbar(means, places, xerr=errors, fmt="none", ecolor=color, capsize=2, lw=1.2)
+            axes.plot(means, places, marker, color=color, ms=5, label=name)
+        places, theirs = _published(tasks, published)
+        label = _published_label(published)
+        axes.plot(theirs, places, "D", mfc="none", mec="black", ms=8, mew=1.2, label=label, zorder=3)
+        axes.set_yticks(range(len(tasks)), tasks, fontsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(len(tasks) - 0.5, -0.5))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.grid(False, axis="y")
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+        for edge in range(1, len(tasks)):
+            axes.axhline(edge - 0.5, color=GRID, linewidth=0.7)
+    axes.set(xlabel=unit)
+    if limits:
+        axes.set_xlim(limits[0] - 2, limits[1] + 2)
+    _legend_outside(figure)
     return _save(figure, path)
 
 
@@ -170,13 +245,13 @@ def picture_grid(rows: Sequence[Sequence], columns: Sequence[str], path: str | P
     return _save(figure, path)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, heights=None, sharex: bool = False):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights, sharex=sharex)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
@@ -184,13 +259,21 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, grid
 
 
-def _legend(axes, above: bool = False) -> None:
-    if not axes.get_legend_handles_labels()[0]:
-        return
-    if above:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, fontsize=9, borderaxespad=0)
-    else:
+def _legend(axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
+
+
+def _legend_outside(figure) -> None:
+    """One legend above all axes, each series once, published values last."""
+    named = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            if not hasattr(handle, "get_xdata") or len(handle.get_xdata()):
+                named.setdefault(label, handle)
+    labels = sorted(named, key=lambda label: label.endswith("(published)"))
+    handles = [named[label] for label in labels]
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
 
 
 def _save(figure, path: str | Path) -> Path:

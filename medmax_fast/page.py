@@ -1,6 +1,7 @@
 """Markdown to one self-contained HTML page: pictures inlined, no script, no external asset, readable on a phone.
 
-Raw HTML in the Markdown is shown as text, never passed on, so model outputs and questions cannot inject any.
+Raw HTML in the Markdown is shown as text, never passed on, so model outputs and questions cannot inject any. The parts
+of long sections fold (<details>); on a narrow screen the rows of tables of samples become cards.
 """
 
 import base64
@@ -8,8 +9,11 @@ import re
 from html import escape
 from pathlib import Path
 
-# A table cell that begins with one of these words and a colon is emphasised; it stays readable without colour.
-VERDICTS = ("right", "wrong", "unparsed", "failed")
+# A cell of an OUTPUT column that begins with one of these words in bold is marked; it stays readable without colour.
+VERDICTS = ("right", "wrong", "unparsed", "failed", "unjudged")
+OUTPUT = ": output"
+# Below these third-level headings, fourth-level ones fold what follows them, up to a rule at the latest.
+FOLDING = ("Runs in detail", "Samples, wrong ones first")
 # A row whose first cell ends like this shows figures of others.
 PUBLISHED_MARK = "(published)"
 
@@ -29,12 +33,28 @@ table { border-collapse: collapse; font-size: .875rem; width: max-content; }
 th, td { padding: .35em .6em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #888; background: #fff; }
 td { max-width: min(26rem, 60vw); overflow-wrap: anywhere; }
-td:first-child, th:first-child { position: sticky; left: 0; background: #fff; max-width: min(12rem, 35vw); }
-td img { display: block; min-width: 5rem; max-width: 16rem; }
+td:first-child, th:first-child { position: sticky; left: 0; background: #fff; max-width: min(16rem, 38vw); }
+td img { display: block; max-width: 16rem; }
+.outputs { width: 100%; }
+.outputs td { max-width: none; min-width: 7rem; }
+.outputs em { display: block; margin-top: .3em; color: #555; font-size: .9em; }
 tr.published td { background: #f1f1f1; font-style: italic; color: #444; }
-td.right { color: #0b4f7d; }
-td.wrong { color: #a33b00; font-weight: bold; }
-td.unparsed, td.failed { color: #555; font-weight: bold; }
+td.right strong { color: #0b4f7d; }
+td.wrong strong { color: #a33b00; }
+td.wrong { box-shadow: inset 3px 0 #a33b00; }
+td.unparsed strong, td.failed strong, td.unjudged strong { color: #555; }
+li, p { overflow-wrap: anywhere; }
+hr { border: 0; border-top: 1px solid #ccc; margin: 2em 0 1em; }
+details { border: 1px solid #ccc; border-radius: .3em; margin: .6em 0; padding: 0 .8em; }
+summary { cursor: pointer; padding: .5em 0; overflow-wrap: anywhere; }
+@media (max-width: 45rem) {
+  .outputs thead { display: none; }
+  .outputs, .outputs tbody, .outputs tr, .outputs td { display: block; width: auto; }
+  .outputs tr { border-top: 2px solid #888; padding: .4em 0; }
+  .outputs td, .outputs td:first-child { position: static; max-width: none; border: 0; padding: .25em .6em; }
+  .outputs td img { margin: .2em 0; }
+  .outputs td::before { content: attr(data-label); display: block; color: #666; font-size: .75rem; }
+}
 """
 
 
@@ -44,10 +64,11 @@ def html_page(title: str, markdown: str, folder: str | Path) -> str:
 
     # linkify and typographer stay off: the text is data and is to be shown as it is.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    parser.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
+    parser.add_render_rule("table_open", _open_table)
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(markdown)
     _mark_tables(tokens)
+    tokens = _fold(tokens)
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
@@ -81,15 +102,52 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _open_table(_, tokens: list, i: int, *__) -> str:
+    kind = ' class="outputs"' if tokens[i].attrGet("class") else ""
+    return f'<div class="table"><table{kind}>\n'
+
+
 def _mark_tables(tokens: list) -> None:
-    row = None
+    """Give cells the name of their column, and tables, rows and cells the classes by which the style marks them."""
+    names, whole, row, column = [], None, None, 0
     for i, token in enumerate(tokens):
-        if token.type == "tr_open":
-            row = token
+        if token.type == "table_open":
+            names, whole = [], token
+        elif token.type == "tr_open":
+            row, column = token, 0
+        elif token.type == "th_open":
+            names.append("".join(child.content for child in tokens[i + 1].children))
+            if names[-1].endswith(OUTPUT):
+                whole.attrSet("class", "outputs")
         elif token.type == "td_open":
             text = tokens[i + 1].content
-            word, colon, _ = text.partition(":")
-            if colon and word in VERDICTS:
+            token.attrSet("data-label", names[column])
+            word, bold, _ = text.removeprefix("**").partition(":**")
+            if bold and word in VERDICTS and names[column].endswith(OUTPUT):
                 token.attrSet("class", word)
-            if text.endswith(PUBLISHED_MARK) and tokens[i - 1] is row:
+            if text.endswith(PUBLISHED_MARK) and column == 0:
                 row.attrSet("class", "published")
+            column += 1
+
+
+def _fold(tokens: list) -> list:
+    """The tokens with the parts of FOLDING sections as <details>, the first of each section open."""
+    from markdown_it.token import Token
+
+    folded, inside, parts, depth = [], False, 0, 0
+    for i, token in enumerate(tokens):
+        top = token.level == 0 and token.type in ("heading_open", "hr")
+        if top and depth:
+            folded.append(Token("details_close", "details", -1, block=True))
+            depth = 0
+        if top and token.tag != "h4":
+            inside, parts = token.tag == "h3" and tokens[i + 1].content in FOLDING, 0
+        elif top and inside:
+            details = Token("details_open", "details", 1, block=True)
+            if parts == 0:
+                details.attrSet("open", "")
+            folded.append(details)
+            parts, depth = parts + 1, 1
+            token.tag = tokens[i + 2].tag = "summary"
+        folded.append(token)
+    return folded + [Token("details_close", "details", -1, block=True)] * depth

@@ -13,7 +13,8 @@ from pathlib import Path
 from medmax_fast import __version__, figures
 from medmax_fast.config import ReportConfig
 from medmax_fast.data.rows import read_rows
-from medmax_fast.eval.report import evaluation_section
+from medmax_fast.eval.reporting.browser import EvalRun
+from medmax_fast.eval.reporting.section import evaluation_section
 from medmax_fast.inspection import draw_store
 from medmax_fast.page import html_page, plain, table
 from medmax_fast.pictures import Pictures
@@ -103,10 +104,14 @@ def _read(kind: str, path: Path, file: Path):
 
         return store_summary(TokenStore(path))
     if kind == "evaluation":
-        results, samples = read_json(file), _jsonl(path / "samples.jsonl")
+        results = read_json(file)
         if not isinstance(results, dict) or not results.get("tasks"):
             raise InputError(f"{file}: no tasks in it, expected the results of `medmax eval`")
-        return results, samples
+        if not all("metric" in task for task in results["tasks"].values()):
+            raise InputError(
+                f"{file}: a task without its metric, as earlier versions wrote it; run `medmax eval` again"
+            )
+        return EvalRun(path, results, _jsonl(path / "samples.jsonl"))
     rows = _jsonl(file)
     needed = {"training": "step", "generation": "id"}[kind]
     for number, row in enumerate(rows, 1):
@@ -241,4 +246,5 @@ def _picture(path: str, folder: Path, pictures: Pictures) -> str:
 
 
 def _footer() -> str:
-    return f"Made by medmax_fast {__version__}."
+    # The rule ends what the page folds.
+    return f"---\n\nMade by medmax_fast {__version__}."

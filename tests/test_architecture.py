@@ -38,12 +38,17 @@ SINGLE = {
     "flash_attn_interface": 1,
     "bitsandbytes": 1,
     "deepspeed": 1,
+    "httpx": 1,
     "nvidia": 1,
     "matplotlib": 1,
     "markdown_it": 1,
+    "open_clip": 1,
     "pydicom": 1,
+    "rouge_score": 1,
+    "sacrebleu": 1,
     "tensorboard": 1,
     "torchao": 1,
+    "torchmetrics": 1,
     "wandb": 1,
 }
 

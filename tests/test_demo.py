@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmax_fast.data.images import load_image
-from medmax_fast.eval.tasks import load_questions
+from medmax_fast.eval.questions import load_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,313 +1,391 @@
-"""The evaluation folder's checks, the run with a scripted engine (restart, failures), and the real engine."""
+"""Evaluation runs with a scripted backend (restart, failures, several processes), and with the real engine."""
 
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
+from eval_folder import CHAT, make_folder
 from PIL import Image
 
 from medmax_fast.config import EvalConfig
+from medmax_fast.eval import run as eval_run
+from medmax_fast.eval.backends.protocol import Answer
 from medmax_fast.eval.run import evaluate
-from medmax_fast.eval.tasks import TASKS, find_task, load_questions
 from medmax_fast.runtime import InputError
 
-# task_name, question_type, prompt, gold, image, what the scripted engine answers
+# task_name, question_type, prompt, gold, image, what the scripted model answers
 ROWS = [
     ("vqa_rad", "closed", "Is there a mass?", "yes", "images/a.png", " Yes"),
     ("vqa_rad", "closed", "Is it enlarged?", "no", "images/b.png", " normal"),
     ("vqa_rad", "closed", "Is it normal?", "no", "images/a.png", " yes"),
     ("pmc_vqa", "mcq", "Which? A: x B: y C: z D: w", "B", "images/b.png", " B"),
     ("pmc_vqa", "mcq", "What? A: x B: y C: z D: w", "C", "images/a.png", "c"),
-    ("vqa_rad", "open", "What is shown?", "a lung", "images/a.png", None),
-    ("mm_out", "anything", "Draw it", "free text", "", None),
+    ("vqa_rad", "open", "What is shown?", "a lung", "images/a.png", "the lung"),
+    ("image_captioning", "quilt", "", "A slide.", "images/b.png", "A slide."),
+    ("mm_out", "pmc", "Draw it", "free text", "images/b.png", "text"),
+    ("visual_chat", "conversation", "And this?", CHAT, "images/a.png", "A rib."),
 ]
-
-
-def make_folder(folder: Path, rows=ROWS, form="parquet") -> Path:
-    (folder / "images").mkdir(parents=True)
-    for name, color in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (40, 30), color).save(folder / "images" / f"{name}.png")
-    names = ("task_name", "question_type", "prompt", "answer", "image_path")
-    table = [dict(zip(names, row, strict=False)) for row in rows]
-    if form == "parquet":
-        pq.write_table(pa.Table.from_pylist(table), folder / "test.parquet")
-    else:
-        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    return folder
+OUTPUTS = {row[2] or "Please describe this picture.": row[5] for row in ROWS}
 
 
 @dataclass
-class Answer:
-    id: str
-    content: list
-    token_ids: list
-    error: str | None = None
-
-
-@dataclass
-class ScriptedEngine:
-    """Answers by the prompt's text; fails on images named in `broken`; is interrupted before call `stop_at`."""
+class Scripted:
+    """Answers by the prompt's text; fails on images named in `broken`, and on prompts in `down` as a server would."""
 
     broken: tuple = ()
+    down: tuple = ()
     stop_at: int | None = None
-    requests: list = field(default_factory=list)
+    draws: bool = True
+    asked: list = field(default_factory=list)
     calls: int = 0
 
-    def generate(self, requests, batch_size):
+    def answer(self, asks, batch_size):
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
-        assert 0 < len(requests) <= batch_size
         self.calls += 1
-        self.requests += requests
-        outputs = {row[2]: row[5] for row in ROWS}
-        answers = []
-        for request in requests:
-            image, text = request.content
-            if Path(image["path"]).name in self.broken:
-                answers.append(Answer(request.id, [], [], f"{image['path']}: truncated"))
-            else:
-                answers.append(Answer(request.id, [{"type": "text", "text": outputs[text["text"]]}], [9000]))
+        self.asked += asks
         # Order must not matter.
-        return answers[::-1]
+        return [self._one(ask) for ask in asks][::-1]
+
+    def _one(self, ask):
+        *images, text = ask.content
+        if images and Path(images[0]["path"]).name in self.broken:
+            return Answer(ask.id, error=f"{images[0]['path']}: truncated")
+        if text["text"] in self.down:
+            return Answer(ask.id, error="server down", passing=True)
+        content = [{"type": "text", "text": OUTPUTS[text["text"]]}]
+        if ask.mode == "any":
+            content.append({"type": "image", "pixels": np.full((8, 8, 3), 7, np.uint8)})
+        return Answer(ask.id, content, [9000])
+
+    def facts(self):
+        return {"kind": "scripted", "model": "s", "usage": {"calls": self.calls}}
 
 
 @pytest.fixture()
 def config(tmp_path) -> EvalConfig:
-    return EvalConfig(data=str(make_folder(tmp_path / "data")), output=str(tmp_path / "run"), batch_size=2)
+    data = make_folder(tmp_path / "data", [row[:5] for row in ROWS])
+    # One image's questions are a batch.
+    return EvalConfig(data=str(data), output=str(tmp_path / "run"), clip="none", batch_tokens=1)
 
 
 def samples_of(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.output) / "samples.jsonl").read_text().splitlines()]
 
 
-def test_the_table_has_the_published_tasks():
-    scored = {f"{task.name}_{task.question_type}" for task in TASKS if not task.lacks}
-    closed = {f"{name}_closed" for name in ("vqa_rad", "slake", "pathvqa", "quilt_vqa", "probmed")}
-    assert scored == closed | {"pmc_vqa_mcq", "omnimed_vqa_mcq", "path_mmu_mcq"}
-    assert len(TASKS) == 8 + 4 + 6 + 1 + 2
-    assert all(task.new_tokens == 1 for task in TASKS if not task.lacks)
-    assert find_task("mm_out", "whatever").score == "judge"
-    assert find_task("pmc_vqa", "closed") is None and find_task("vqarad", "closed") is None
+def results_of(config) -> dict:
+    return json.loads((Path(config.output) / "results.json").read_text())
+
+
+def files_of(config) -> dict[str, bytes]:
+    return {name: (Path(config.output) / name).read_bytes() for name in ("samples.jsonl", "results.json")}
 
 
 def test_results_by_hand(config):
-    engine = ScriptedEngine()
-    result = evaluate(config, engine)
-    saved = json.loads((Path(config.output) / "results.json").read_text())
+    result = evaluate(config, Scripted())
+    saved = results_of(config)
     assert {key: result[key] for key in saved} == saved
     rad, pmc = saved["tasks"]["vqa_rad_closed"], saved["tasks"]["pmc_vqa_mcq"]
     assert rad["accuracy"] == pytest.approx(2 / 3) and rad["by_protocol"]["strict"] == pytest.approx(1 / 3)
-    assert rad["stderr"] == pytest.approx(1 / 3) and rad["n"] == 3 and rad["unparsed"] == 1
-    assert pmc["accuracy"] == 1.0 and pmc["stderr"] == 0.0 and pmc["by_protocol"]["strict"] == 0.5
+    assert rad["stderr"] == pytest.approx(1 / 3) and rad["n"] == rad["counted"] == 3 and rad["images"] == 2
+    # Two questions of image a (right, wrong), one of b (right): residuals of the clusters are -1/3 and 1/3.
+    assert rad["stderr_clustered"] == pytest.approx((2 * (1 / 9 + 1 / 9)) ** 0.5 / 3)
+    assert rad["coverage"] == {"answered": 2, "unparsed": 1, "failed": 0, "unjudged": 0}
+    assert rad["ci_method"] == "wilson" and rad["ci95"][0] < 2 / 3 < rad["ci95"][1]
+    assert pmc["accuracy"] == 1.0 and pmc["by_protocol"]["strict"] == 0.5
     assert saved["average"] == pytest.approx((2 / 3 + 1) / 2) and saved["average_tasks"] == 2
     assert saved["average_by_protocol"]["strict"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert saved["protocol"] == "medmax-v1" and saved["unit"] == "fraction"
-    # What cannot be scored is said, with its number.
-    assert {task: row["n"] for task, row in saved["skipped"].items()} == {"vqa_rad_open": 1, "mm_out_anything": 1}
-    assert all("needs an LLM judge" in row["reason"] for row in saved["skipped"].values())
+    # Shares of the mean: a has (1 - 2 * 2/3) / 6, b has 1/18; the letters are all right.
+    assert saved["average_stderr"] == pytest.approx((2 * 2 / 18**2) ** 0.5)
+    assert saved["protocol"] == "medmax-v1" and saved["unit"] == "fraction" and saved["n"] == 9
+    # Without a judge and an encoder: compared word by word.
+    opened = saved["tasks"]["vqa_rad_open"]
+    assert opened["accuracy"] is None and opened["counted"] == 0 and opened["text_metrics"]["exact_match"] == 1
+    assert opened["text_metrics"]["token_recall"] == 1 and saved["tasks"]["mm_out_pmc"]["relative_score"] is None
+    assert saved["tasks"]["image_captioning_quilt"]["text_metrics"]["exact_match"] == 1
+    assert any("no judge" in note for note in saved["notes"])
+    assert saved["groups"]["source"]["vqa_rad"]["n"] == 4 and saved["groups"]["source"]["pmc_vqa"]["accuracy"] == 1
+    assert saved["backend"] == {"kind": "scripted", "model": "s", "draws": True} and saved["prompt_form"] == "tuned"
     assert all(len(saved["hashes"][name]) == 64 for name in ("data", "prompts", "images"))
 
 
-def test_requests_have_the_published_form(config):
-    engine = ScriptedEngine()
-    evaluate(config, engine)
-    assert len(engine.requests) == 5 and engine.calls == 3
-    for request in engine.requests:
-        assert [piece["type"] for piece in request.content] == ["image", "text"] and request.token_ids is None
-        assert request.greedy and request.repetition_penalty == 1.2 and request.max_new_tokens == 1
-        assert request.mode == "text" and request.eot
-
-
 def test_every_sample_is_logged(config):
-    evaluate(config, ScriptedEngine())
+    evaluate(config, Scripted())
     samples = samples_of(config)
     assert [sample["id"] for sample in samples][:2] == ["vqa_rad_closed-00000", "vqa_rad_closed-00001"]
-    assert samples[1] == {
-        "id": "vqa_rad_closed-00001",
-        "task": "vqa_rad_closed",
-        "question": "Is it enlarged?",
-        "answer": "no",
-        "output": " normal",
-        "correct": {"medmax-v1": True, "strict": False},
-        "parsed": None,
-        "error": None,
-        "image": "images/b.png",
-        "token_ids": [9000],
-    }
+    assert [sample["output"] for sample in samples] == [row[5] for row in ROWS]
+    assert samples[1]["scores"] == {"medmax-v1": 1.0, "strict": 0.0} and samples[1]["status"] == "unparsed"
+    (picture,) = samples[7]["pictures"]
+    assert Image.open(Path(config.output) / picture).getpixel((0, 0)) == (7, 7, 7)
 
 
 def test_a_failed_question_is_wrong_and_counted(config):
-    result = evaluate(config, ScriptedEngine(broken=("b.png",)))
+    result = evaluate(config, Scripted(broken=("b.png",)))
     rad = result["tasks"]["vqa_rad_closed"]
-    assert (rad["n"], rad["failed"], rad["unparsed"], rad["correct"]) == (3, 1, 0, 1)
-    assert result["failed"] == 2
-    assert "truncated" in samples_of(config)[1]["error"]
+    assert rad["accuracy"] == pytest.approx(1 / 3) and rad["coverage"]["failed"] == 1
+    assert result["coverage"]["failed"] == 3 and "truncated" in samples_of(config)[1]["error"]
 
 
-def test_strict_protocol_and_selection(config):
-    result = evaluate(replace(config, protocol="strict", tasks="pmc_vqa_mcq", limit=1), ScriptedEngine())
-    assert list(result["tasks"]) == ["pmc_vqa_mcq"] and result["n"] == 1 and result["average"] == 1.0
-    limited = evaluate(replace(config, limit=2, output=config.output + "2"), ScriptedEngine())
-    assert {task: row["n"] for task, row in limited["tasks"].items()} == {"vqa_rad_closed": 2, "pmc_vqa_mcq": 2}
+def test_questions_of_a_server_that_was_down_are_asked_again(config, tmp_path, capsys):
+    whole = replace(config, output=str(tmp_path / "whole"))
+    evaluate(whole, Scripted())
+    result = evaluate(config, Scripted(down=("Is it enlarged?", "Draw it")))
+    assert result["coverage"]["failed"] == 2
+    assert "servers left 2 questions without an answer" in capsys.readouterr().err
+    backend = Scripted()
+    evaluate(config, backend)
+    # Only these, not those of the same batches that were answered.
+    assert sorted(ask.content[-1]["text"] for ask in backend.asked) == ["Draw it", "Is it enlarged?"]
+    assert files_of(config) == files_of(whole)
 
 
 def test_restart_gives_the_same_files(config, tmp_path):
     whole = replace(config, output=str(tmp_path / "whole"))
-    evaluate(whole, ScriptedEngine())
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(config, ScriptedEngine(stop_at=1))
-    assert len(samples_of(config)) == 2
-    # A kill in the middle of a line leaves half of it.
-    path = Path(config.output) / "samples.jsonl"
-    with open(path, "a") as file:
-        file.write('{"id": "vqa_rad_clo')
-    engine = ScriptedEngine()
-    evaluate(config, engine)
-    assert len(engine.requests) == 3
-    assert path.read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
-    results = [json.loads((Path(c.output) / "results.json").read_text()) for c in (config, whole)]
-    assert results[0] == results[1]
-    # A third run asks nothing, so it needs no engine that works.
-    evaluate(config, ScriptedEngine(stop_at=0))
+    evaluate(whole, Scripted())
+    for stop_at in (0, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, Scripted(stop_at=stop_at if stop_at < 2 else 0))
+    backend = Scripted()
+    evaluate(config, backend)
+    assert 0 < len(backend.asked) < len(ROWS)
+    assert files_of(config) == files_of(whole)
+    # A third run asks nothing, so it needs no model that works.
+    before = os.stat(Path(config.output) / "results.json").st_mtime_ns
+    evaluate(config, Scripted(stop_at=0))
+    assert os.stat(Path(config.output) / "results.json").st_mtime_ns == before
+
+
+def test_scores_are_made_again_from_answers(config):
+    evaluate(config, Scripted())
+    first = files_of(config)
+    for name in first:
+        (Path(config.output) / name).unlink()
+    evaluate(config, Scripted(stop_at=0))
+    assert files_of(config) == first
+
+
+class Slow(Scripted):
+    """Takes its time, and writes down what it was asked."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def answer(self, asks, batch_size):
+        time.sleep(0.2)
+        with open(self.folder / f"asked-{os.getpid()}", "a") as file:
+            file.writelines(f"{ask.id}\n" for ask in asks)
+        return super().answer(asks, batch_size)
+
+
+def work(config: EvalConfig, folder: Path, rank: int = 0, world: int = 1) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    evaluate(config, Slow(folder))
+
+
+def asked(folder: Path) -> list[str]:
+    return [line for path in folder.glob("asked-*") for line in path.read_text().splitlines()]
+
+
+def start(*arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_work_and_give_the_same_files(config, tmp_path, world):
+    alone = replace(config, output=str(tmp_path / "alone"))
+    evaluate(alone, Scripted())
+    processes = [start(config, tmp_path, rank, world) for rank in range(world)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(asked(tmp_path)) == sorted(sample["id"] for sample in samples_of(alone))
+    assert files_of(config) == files_of(alone)
+
+
+def test_killed_at_any_moment_it_ends_the_same(config, tmp_path):
+    alone = replace(config, output=str(tmp_path / "alone"))
+    evaluate(alone, Scripted())
+    rng, kills, largest = np.random.default_rng(), 0, 5
+    while kills < 40:
+        process = start(config, tmp_path)
+        process.join(float(rng.uniform(0.02, 0.5)))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    evaluate(config, Slow(tmp_path))
+    assert files_of(config) == files_of(alone), kills
+    counts = {name: asked(tmp_path).count(name) for name in asked(tmp_path)}
+    # Each kill costs at most the batch under way.
+    assert len(counts) == len(ROWS) and sum(counts.values()) <= len(ROWS) + largest * kills
+
+
+def test_a_killed_process_leaves_its_work_to_the_others(config, tmp_path):
+    alone = replace(config, output=str(tmp_path / "alone"))
+    evaluate(alone, Scripted())
+    victim, survivor = start(config, tmp_path), start(config, tmp_path)
+    time.sleep(0.3)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    survivor.join(60)
+    assert survivor.exitcode == 0 and files_of(config) == files_of(alone)
 
 
 def test_other_settings_or_data_are_refused(config):
-    evaluate(config, ScriptedEngine())
-    with pytest.raises(InputError, match="limit = 0, now 3"):
-        evaluate(replace(config, limit=3), ScriptedEngine())
+    evaluate(config, Scripted())
+    for changes, message in (
+        ({"limit": 3}, "limit = 0, now 3"),
+        ({"protocol": "strict"}, "protocol = 'medmax-v1', now 'strict'"),
+        ({"prompt_form": "base"}, "prompt_form = 'tuned', now 'base'"),
+        ({"judge": "openai"}, "judge = 'none', now 'openai'"),
+    ):
+        with pytest.raises(InputError, match=f"made with {message}"):
+            evaluate(replace(config, **changes), Scripted())
     Image.new("RGB", (40, 30), "green").save(Path(config.data) / "images" / "a.png")
     with pytest.raises(InputError, match="made with sha256_images"):
-        evaluate(config, ScriptedEngine())
+        evaluate(config, Scripted())
 
 
-def test_a_damaged_log_is_named(config):
-    evaluate(config, ScriptedEngine())
-    path = Path(config.output) / "samples.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[0] + "{broken}\n" + "".join(lines[2:]))
-    with pytest.raises(InputError, match=r"samples.jsonl: line 2: not valid JSON"):
-        evaluate(config, ScriptedEngine())
-    path.write_text(lines[0] + lines[0])
-    with pytest.raises(InputError, match="line 2: id 'vqa_rad_closed-00000' is unknown or given twice"):
-        evaluate(config, ScriptedEngine())
+def test_strict_protocol_and_selection(config):
+    strict = replace(config, protocol="strict", tasks="pmc_vqa_mcq", limit=1)
+    result = evaluate(strict, Scripted())
+    assert list(result["tasks"]) == ["pmc_vqa_mcq"] and result["n"] == 1 and result["average"] == 1.0
+    assert result["tasks"]["pmc_vqa_mcq"]["stderr"] is None and result["average_stderr"] is None
+    limited = evaluate(replace(config, limit=2, output=config.output + "2"), Scripted())
+    assert {task: row["n"] for task, row in limited["tasks"].items()}["vqa_rad_closed"] == 2
 
 
-def test_parquet_and_jsonl_are_the_same(config, tmp_path):
-    other = make_folder(tmp_path / "jsonl", form="jsonl")
-    found = [load_questions(folder) for folder in (config.data, other)]
-    assert [q.id for q in found[0].questions] == [q.id for q in found[1].questions] and len(found[0].questions) == 5
-    assert found[0].skipped == found[1].skipped
+def test_what_a_run_cannot_do_is_said(config, tmp_path):
+    rows = [row[:5] for row in ROWS] + [("image_generation", "quilt", "Draw", "", "")]
+    drawing = replace(config, data=str(make_folder(tmp_path / "drawing", rows)), output=str(tmp_path / "d"))
+    result = evaluate(drawing, Scripted(draws=False))
+    assert result["skipped"]["image_generation_quilt"]["n"] == 1
+    assert "does not draw" in result["skipped"]["image_generation_quilt"]["reason"]
+    assert any("interleaved answers are text alone" in note for note in result["notes"])
+    with pytest.raises(InputError, match="--tasks image_generation_quilt: .* does not draw"):
+        evaluate(replace(drawing, tasks="image_generation_quilt"), Scripted(draws=False))
+    result = evaluate(replace(drawing, output=str(tmp_path / "e")), Scripted())
+    assert "no image-text encoder" in result["skipped"]["image_generation_quilt"]["reason"]
 
 
-def bad(index: int, **changes) -> list[tuple]:
-    names = ("task_name", "question_type", "prompt", "answer", "image_path")
-    rows = [list(row[:5]) for row in ROWS]
-    for name, value in changes.items():
-        rows[index][names.index(name)] = value
-    return [tuple(row) for row in rows]
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        (bad(1, answer="maybe"), r"row 1 \(vqa_rad_closed\): answer 'maybe', expected yes or no"),
-        (bad(3, answer="E"), r"row 3 \(pmc_vqa_mcq\): answer 'E', expected A, B, C or D"),
-        (bad(0, task_name="vqarad"), "row 0: unknown task 'vqarad' with question type 'closed'"),
-        (bad(4, question_type="closed"), "row 4: unknown task 'pmc_vqa' with question type 'closed'"),
-        (bad(2, image_path="images/gone.png"), r"row 2 \(vqa_rad_closed\): no image images/gone.png"),
-        (bad(2, image_path=None), "row 2 .*: no image_path"),
-        (bad(2, prompt="  "), "row 2 .*: empty prompt"),
-        (ROWS[5:], "no closed or mcq question that this version can score; its rows are of mm_out_anything"),
-    ],
-)
-def test_bad_rows_are_named_before_a_model_is_loaded(tmp_path, rows, message):
-    data = make_folder(tmp_path / "data", rows)
-    output = tmp_path / "run"
-    # The checkpoint exists but is none: reaching for it would be another error.
-    config = EvalConfig(data=str(data), output=str(output), ckpt=str(tmp_path))
-    with pytest.raises(InputError, match=message) as caught:
-        evaluate(config)
-    assert str(data / "test.parquet") in str(caught.value) and "\n" not in str(caught.value)
-    assert not output.exists()
-
-
-def test_many_problems_are_counted(tmp_path):
-    rows = [("vqa_rad", "closed", f"Question {i}?", "perhaps", "images/a.png") for i in range(12)]
-    with pytest.raises(InputError, match="row 4 .*; and 7 more$"):
-        load_questions(make_folder(tmp_path / "data", rows))
-
-
-def test_gold_answers_in_another_case_are_noted(tmp_path):
-    data = make_folder(tmp_path / "data", bad(0, answer="Yes"))
-    result = evaluate(EvalConfig(data=str(data), output=str(tmp_path / "run")), ScriptedEngine())
-    assert result["tasks"]["vqa_rad_closed"]["by_protocol"] == pytest.approx({"medmax-v1": 1 / 3, "strict": 1 / 3})
+def test_gold_answers_in_another_case_are_noted(config, tmp_path):
+    rows = [("vqa_rad", "closed", "Is there a mass?", gold, "images/a.png") for gold in ("Yes", "yes")]
+    data = make_folder(tmp_path / "other", rows)
+    result = evaluate(replace(config, data=str(data), output=str(tmp_path / "other run")), Scripted())
+    assert result["tasks"]["vqa_rad_closed"]["by_protocol"] == {"medmax-v1": 0.5, "strict": 1.0}
     assert result["notes"] == [
         "1 gold answers are not written as yes, no or A to D exactly; medmax-v1 never counts such a row right"
     ]
 
 
-def test_bad_folders_and_flags(config, tmp_path):
-    data = Path(config.data)
+def test_bad_flags(config, tmp_path):
+    def refused(message, backend=None, **changes):
+        with pytest.raises(InputError, match=message) as caught:
+            evaluate(replace(config, **changes), backend)
+        assert "\n" not in str(caught.value)
 
-    def refused(message, **changes):
-        with pytest.raises(InputError, match=message):
-            evaluate(replace(config, **changes), ScriptedEngine())
-
-    refused("--tasks slake_closed: no such rows", tasks="slake_closed")
-    refused("--tasks vqa_rad_open: needs an LLM judge", tasks="vqa_rad_open")
     refused("--protocol loose", protocol="loose")
-    refused("--batch-size 0", batch_size=0)
-    refused("no such folder", data=str(tmp_path / "none"))
-    refused("expected one Parquet or JSONL file of questions, found none", data=str(data / "images"))
+    refused("--batch-size 0: expected 1 or more", batch_size=0)
+    refused("--concurrency 0: expected 1 or more", concurrency=0)
+    refused("--budget -1: expected 0 or more", budget=-1, ckpt="x")
+    refused("--ckpt: missing, needed with --backend native")
+    refused("--fid clip: there is no image-text encoder", Scripted(), fid="clip")
     refused("--ckpt .*: no such folder", ckpt=str(tmp_path / "none"))
-    with pytest.raises(InputError, match="--ckpt: missing"):
-        evaluate(config)
-    whole = (data / "test.parquet").read_bytes()
-    (data / "test.parquet").write_bytes(whole[:-40])
-    refused("test.parquet: not a Parquet file, or a damaged one")
-    pq.write_table(pa.table({"task_name": ["vqa_rad"], "prompt": ["?"]}), data / "test.parquet")
-    refused("no column 'question_type'")
-    (data / "more.jsonl").write_text("{}\n")
-    refused("found more.jsonl, test.parquet")
-    os.remove(data / "test.parquet")
-    (data / "more.jsonl").write_text('{"task_name": \n')
-    refused("more.jsonl: line 1: not valid JSON")
+    refused("no such folder", Scripted(), data=str(tmp_path / "none"))
+    assert not Path(config.output).exists()
+    for kind in ("hf", "openai"):
+        with pytest.raises(InputError, match=f"--model: missing, needed with --backend {kind}"):
+            evaluate(EvalConfig(data=config.data, output=config.output, backend=kind))
+        with pytest.raises(InputError, match=f"--ckpt goes with --backend native; with --backend {kind} give --model"):
+            evaluate(EvalConfig(data=config.data, output=config.output, backend=kind, model="m", ckpt="c"))
+
+
+def test_bad_data_is_named_before_a_model_is_looked_for(config, tmp_path):
+    data = make_folder(tmp_path / "bad", [("vqa_rad", "closed", "Is it?", "perhaps", "images/a.png")])
+    # The checkpoint exists but is none: reaching for it would be another error.
+    with pytest.raises(InputError, match="row 0 .*: answer 'perhaps'"):
+        evaluate(replace(config, data=str(data), ckpt=str(tmp_path)))
     assert not Path(config.output).exists()
 
 
-def test_only_one_process(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process"):
-        evaluate(config, ScriptedEngine())
-
-
-def test_with_the_real_engine(golden, tmp_path):
-    """A random model on real images: every question gets one text id, the same batched and one at a time."""
-    from medmax_fast.generate.engine import Engine
-
-    folder = tmp_path / "data"
+@pytest.fixture(scope="module")
+def real(golden, tmp_path_factory) -> EvalConfig:
+    """Questions about two real images, one of which is cut off, for the golden checkpoint."""
+    folder = tmp_path_factory.mktemp("real") / "data"
     folder.mkdir()
     (folder / "good.jpg").write_bytes((golden / "images" / "subsampled.jpg").read_bytes())
     # It exists, so it passes the check, but cannot be decoded.
     (folder / "truncated.jpg").write_bytes((golden / "images" / "gray.jpg").read_bytes()[:2000])
-    tasks = (("slake", "closed", "yes"), ("path_mmu", "mcq", "A"))
-    rows = [(*task[:2], f"Question {i}?", task[2], "good.jpg") for i, task in enumerate(tasks)]
-    rows.append(("slake", "closed", "And this?", "no", "truncated.jpg"))
     names = ("task_name", "question_type", "prompt", "answer", "image_path")
+    rows = [
+        ("slake", "closed", "Is it?", "yes", "good.jpg"),
+        ("path_mmu", "mcq", "Which one?", "A", "good.jpg"),
+        ("slake", "closed", "And this?", "no", "truncated.jpg"),
+        ("slake", "open", "What is it?", "a liver", "good.jpg"),
+    ]
     (folder / "test.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
-    config = EvalConfig(
-        data=str(folder), output=str(tmp_path / "together"), ckpt=str(golden / "checkpoint"), device="cpu"
-    )
-    result = evaluate(config)
-    assert result["n"] == 3 and result["failed"] == 1 and len(result["hashes"]["checkpoint"]) == 64
-    together = samples_of(config)
-    assert [len(sample["token_ids"]) for sample in together] == [1, 1, 0]
-    assert [sample["error"] is None for sample in together] == [True, True, False]
+    output = str(folder.parent / "together")
+    ckpt = str(golden / "checkpoint")
+    return EvalConfig(data=str(folder), output=output, ckpt=ckpt, device="cpu", max_new_tokens=4)
+
+
+def test_with_the_real_engine(real, tmp_path):
+    """A random model on real images: closed questions get one id, the same batched and one at a time."""
+    result = evaluate(real)
+    assert result["n"] == 4 and result["coverage"]["failed"] == 1 and len(result["hashes"]["checkpoint"]) == 64
+    together = samples_of(real)
+    assert [len(sample["token_ids"]) for sample in together[:3]] == [1, 1, 0] and 0 < len(together[3]["token_ids"]) <= 4
+    assert [sample["error"] is None for sample in together] == [True, True, False, True]
     assert "truncated.jpg" in together[2]["error"]
-    single = replace(config, output=str(tmp_path / "single"), batch_size=1)
-    evaluate(single, Engine.from_checkpoint(config.ckpt, device="cpu"))
+    single = replace(real, output=str(tmp_path / "single"), batch_size=1, batch_tokens=1)
+    evaluate(single)
     assert samples_of(single) == together
+    assert results_of(single)["tasks"] == results_of(real)["tasks"]
+
+
+def test_one_new_id_costs_no_decode_step(real, monkeypatch, tmp_path):
+    """Closed and mcq questions are answered by their prefill: the engine decodes nothing."""
+    from medmax_fast.generate.steps import Steps
+
+    steps = []
+    monkeypatch.setattr(Steps, "decode", lambda self, slots: steps.append(slots))
+    evaluate(replace(real, output=str(tmp_path / "run"), tasks="slake_closed,path_mmu_mcq"))
+    assert steps == []
+
+
+def test_under_torchrun(real, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "medmax_fast", "eval"]
+    flags = {"data": real.data, "ckpt": real.ckpt, "output": str(tmp_path / "run"), "device": "cpu"}
+    flags |= {"max-new-tokens": "4"}
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["n"] == 4 and done.stdout.count('"tasks"') == 1
+    other = replace(real, output=str(tmp_path / "run"))
+    if not Path(real.output, "results.json").exists():
+        evaluate(real)
+    assert files_of(other) == files_of(real)
+
+
+def test_a_run_that_is_scored_elsewhere_is_waited_for(config, tmp_path, monkeypatch):
+    """Two processes finish together: one scores, the other reads what it wrote."""
+    monkeypatch.setattr(eval_run, "_POLL_SECONDS", 0.05)
+    processes = [start(config, tmp_path) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(samples_of(config)) == len(ROWS)

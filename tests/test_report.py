@@ -16,23 +16,26 @@ from PIL import Image
 
 from medmax_fast import figures
 from medmax_fast.config import InspectConfig, ReportConfig
-from medmax_fast.eval.published import PUBLISHED, URL
-from medmax_fast.eval.run import summarize
-from medmax_fast.eval.scoring import score, wilson
+from medmax_fast.eval.published import INTERLEAVED, PUBLISHED, SIMILARITY, URL, VISUAL_CHAT
+from medmax_fast.eval.reporting.section import figures_of
+from medmax_fast.eval.statistics import compare_runs, holm, wilson
 from medmax_fast.inspection import inspect, inspect_store
 from medmax_fast.page import html_page, plain, table
 from medmax_fast.report import load_runs, report
 from medmax_fast.runtime import InputError
 
-TASKS = (("vqa_rad_closed", "yes_no", "yes"), ("path_mmu_mcq", "letter", "B"))
+PROTOCOLS = ("medmax-v1", "strict")
+STATUSES = ("answered", "unparsed", "failed", "unjudged")
 
 
 class Page(HTMLParser):
-    """Tags, pictures and rows of a page; rows are lists of (class, text) of their cells."""
+    """Tags, pictures, folded parts and rows of a page; rows are lists of (class, text) of their cells."""
 
     def __init__(self, text: str):
         super().__init__()
         self.tags, self.pictures, self.rows, self.row_classes, self.cell = [], [], [], [], None
+        # Of each <details>: [summary, whether it is open, its rows, whether it is closed again].
+        self.parts, self.summary = [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -40,8 +43,14 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         if tag == "img":
             self.pictures.append(attrs["src"])
+        elif tag == "details":
+            self.parts.append(["", "open" in attrs, [], False])
+        elif tag == "summary":
+            self.summary = True
         elif tag == "tr":
             self.rows.append([])
+            if self.parts and not self.parts[-1][3]:
+                self.parts[-1][2].append(self.rows[-1])
             self.row_classes.append(attrs.get("class"))
         elif tag in ("td", "th"):
             self.cell = [attrs.get("class"), ""]
@@ -50,44 +59,111 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
             self.cell = None
+        elif tag == "summary":
+            self.summary = False
+        elif tag == "details":
+            self.parts[-1][3] = True
 
     def handle_data(self, data):
+        if self.summary:
+            self.parts[-1][0] += data
         if self.cell is not None:
             self.cell[1] += data
 
 
-def eval_run(folder: Path, data: Path, outputs: list[str], protocol: str = "medmax-v1") -> str:
-    """An evaluation folder with two questions per task; `outputs` in order."""
-    samples = []
-    for i, output in enumerate(outputs):
-        task, kind, gold = TASKS[i % 2]
-        verdict = score(kind, gold, output)
-        samples.append(
-            {
-                "id": f"{task}-{i:05d}",
-                "task": task,
-                "question": f"Question {i} <b>bold</b> | a pipe?",
-                "answer": gold,
-                "output": output,
-                "correct": {name: verdict[name] for name in ("medmax-v1", "strict")},
-                "parsed": verdict["parsed"],
-                "error": None,
-                "image": "a.png",
-                "token_ids": [9000],
-            }
-        )
+def sample(task: str, number: int, output: str, score: float | None, **more) -> dict:
+    """A line of samples.jsonl with the same score under both protocols."""
+    return {
+        "id": f"{task}-{number:05d}",
+        "task": task,
+        "source": "s",
+        "question": f"Question {number} <b>bold</b> | a pipe?",
+        "answer": "gold",
+        "output": output,
+        "image": "a.png",
+        "pictures": [],
+        "scores": dict.fromkeys(PROTOCOLS, score),
+        "status": "answered",
+        "parsed": None,
+        "judge": None,
+        "image_similarity": None,
+        "text_metrics": None,
+        "error": None,
+        "token_ids": [9000],
+        "cluster": str(number),
+    } | more
+
+
+def figure(values: list[float | None]) -> dict:
+    kept = [value for value in values if value is not None]
+    mean = sum(kept) / len(kept) if kept else None
+    return {
+        "value": mean,
+        "stderr": 0.1 if kept else None,
+        "stderr_clustered": 0.125 if kept else None,
+        "n": len(values),
+        "counted": len(kept),
+        "images": len(kept),
+        "ci95": [mean - 0.2, mean + 0.25] if kept else None,
+        "ci_method": "bootstrap" if kept else None,
+        "by_protocol": {"medmax-v1": mean, "strict": None if mean is None else mean - 0.05},
+    }
+
+
+def metric_of(task: str) -> str:
+    return {"image": "similarity", "mm": "relative_score", "visual": "relative_score"}.get(
+        task.split("_")[0], "accuracy"
+    )
+
+
+def eval_run(folder: Path, data: Path, samples: list[dict], data_hash: str = "d", **more) -> str:
+    """An evaluation folder of these samples; figures are by medmax-v1."""
+    tasks = {}
+    for name in dict.fromkeys(row["task"] for row in samples):
+        own, metric = [row for row in samples if row["task"] == name], metric_of(name)
+        found = figure([row["scores"]["medmax-v1"] for row in own])
+        coverage = {status: sum(row["status"] == status for row in own) for status in STATUSES}
+        tasks[name] = {"metric": metric, metric: found.pop("value"), **found, "coverage": coverage}
+        drawn = [row["image_similarity"]["medmax-v1"] for row in own if row["image_similarity"]]
+        if drawn:
+            tasks[name]["image_similarity"] = figure(drawn)
     results = {
-        **summarize(samples, protocol),
-        "skipped": {"slake_open": {"n": 7, "reason": "needs an LLM judge, which this version does not have"}},
+        "protocol": "medmax-v1",
+        "unit": "fraction",
+        "n": len(samples),
+        "tasks": tasks,
+        "groups": {"source": {}, "domain": {}},
+        "skipped": {"slake_open": {"n": 7, "reason": "asked without a judge"}},
         "notes": [],
         "data": str(data),
-        "ckpt": "",
-        "hashes": {"data": "d" * 64, "images": "e" * 64, "prompts": "f" * 64, "checkpoint": None},
-    }
+        "backend": {"kind": "native", "model": "ck`pt"},
+        "judge": None,
+        "clip": None,
+        "prompt_form": "[bos, image, question, eot]",
+        "hashes": {"data": data_hash * 64, "images": "e" * 64, "prompts": "f" * 64, "checkpoint": None},
+        "versions": {},
+    } | more
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return str(folder)
+
+
+def two_tasks(*answers: tuple[str, str, float]) -> list[dict]:
+    """Samples of closed and mcq questions in turn, from (status, output, score) each."""
+    names = ("vqa_rad_closed", "path_mmu_mcq")
+    return [sample(names[i % 2], i, output, score, status=status) for i, (status, output, score) in enumerate(answers)]
+
+
+BEFORE = (("answered", "no", 0.0), ("answered", "C", 0.0), ("answered", "yes", 1.0), ("unparsed", "A thing", 0.0))
+AFTER = (("answered", "yes", 1.0), ("answered", "B", 1.0), ("answered", "yes", 1.0), ("answered", "C", 0.0))
+
+
+def rendered(tmp_path: Path, *runs: str) -> tuple[str, Page]:
+    """report.md and the page of it."""
+    report(ReportConfig(runs=runs, output=str(tmp_path / "report")))
+    folder = tmp_path / "report"
+    return (folder / "report.md").read_text(), Page((folder / "report.html").read_text())
 
 
 @pytest.fixture()
@@ -97,8 +173,8 @@ def runs(tmp_path) -> dict[str, str]:
     data.mkdir()
     Image.new("RGBA", (300, 200), (200, 0, 0, 128)).save(data / "a.png")
     found = {
-        "before": eval_run(tmp_path / "before", data, ["no", "C", "yes", "A thing"]),
-        "after": eval_run(tmp_path / "after", data, ["yes", "B", "yes", "C"]),
+        "before": eval_run(tmp_path / "before", data, two_tasks(*BEFORE)),
+        "after": eval_run(tmp_path / "after", data, two_tasks(*AFTER)),
     }
     for name in ("train", "drawn"):
         (tmp_path / name).mkdir()
@@ -174,30 +250,284 @@ def test_ours_stand_beside_the_published_rows(runs, tmp_path):
     assert (cells, kind) == (["62.3", "75.3", "49.3", "65.5"], "published")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "were not measured by this package" in text
-    assert text.count("Skipped: slake_open (7 rows): needs an LLM judge") == 2
+    assert text.count("Skipped: slake_open (7 rows): asked without a judge.") == 2
 
 
 def test_samples_wrong_first_and_side_by_side(runs, tmp_path):
-    report(ReportConfig(runs=(runs["before"], runs["after"]), output=str(tmp_path / "report")))
-    page = Page((tmp_path / "report" / "report.html").read_text())
-    start = next(i for i, row in enumerate(page.rows) if row[0][1] == "image")
-    assert [text for _, text in page.rows[start]] == [
-        "image",
-        "gold",
-        "before: output",
-        "after: output",
-        "question",
-        "task",
+    _, page = rendered(tmp_path, runs["before"], runs["after"])
+    parts = {summary.partition(":")[0]: rows for summary, _, rows, _ in page.parts}
+    columns = ["image", "question", "gold", "before: output", "after: output"]
+    for task, expected in {
+        # Wrong after training comes first, then what was wrong before.
+        "path_mmu_mcq": [
+            [("unparsed", "unparsed: A thing"), ("wrong", "wrong: C")],
+            [("wrong", "wrong: C"), ("right", "right: B")],
+        ],
+        "vqa_rad_closed": [
+            [("wrong", "wrong: no"), ("right", "right: yes")],
+            [("right", "right: yes"), ("right", "right: yes")],
+        ],
+    }.items():
+        heading, *rows = parts[task]
+        assert [text for _, text in heading] == columns
+        assert [[tuple(cell) for cell in row[3:]] for row in rows] == expected
+    assert parts["path_mmu_mcq"][1][1][1] == "Question 3 <b>bold</b> | a pipe?"
+
+
+def test_parts_fold_and_the_rest_does_not(runs, tmp_path):
+    text, page = rendered(tmp_path, *runs.values())
+    # A part per run and per task; the first of each section is open, and every part ends before the next section.
+    expected = [("before: medmax-v1", True), ("after: medmax-v1", False)]
+    expected += [("vqa_rad_closed: before 50.0 %, after 100.0 %", True)]
+    expected += [("path_mmu_mcq: before 0.0 %, after 50.0 %", False)]
+    assert [tuple(part[:2]) for part in page.parts] == expected and all(part[3] for part in page.parts)
+    whole = (tmp_path / "report" / "report.html").read_text()
+    assert whole.count("<details") == whole.count("</details>") == 4
+    assert whole.rindex("</details>") < whole.index("<h2>Generation") and "<details" not in text
+    # With nothing after it, the last part ends before the footer.
+    alone = html_page("t", "### Samples, wrong ones first\n\n#### a\n\nx\n\n---\n\nfooter", ".")
+    assert alone.index("</details>") < alone.index("<hr") < alone.index("footer")
+    assert html_page("t", "### Other\n\n#### a\n\nx", ".").count("<details") == 0
+    assert html_page("t", "### Runs in detail\n\n#### a\n\nx", ".").rstrip().endswith("</details>\n</body>\n</html>")
+
+
+def all_tasks(rng: np.random.Generator, count: int = 3, judged: bool = True) -> list[dict]:
+    """Samples of every kind of task with random scores."""
+    rows = []
+    names = ["slake_closed", "slake_open", "image_captioning_quilt", "image_generation_quilt", "mm_out_x", "mm_out_y"]
+    for k, name in enumerate([*names, "visual_chat_conversation", "visual_chat_detailed_description"]):
+        binary, by_judge = metric_of(name) == "accuracy", name.split("_")[-1] in ("open", "x", "y", "conversation")
+        for i in range(count + k):
+            value = float(rng.integers(2)) if binary else float(rng.random())
+            row = sample(name, i, f"out {i}", value if judged or not by_judge else None)
+            if name.startswith("mm_out"):
+                row["image_similarity"] = dict.fromkeys(PROTOCOLS, float(rng.random()))
+            if by_judge and judged:
+                row["judge"] = {"scores": [1] if binary else [8, 4], "reply": f"said {i}", "error": None}
+            rows.append(row)
+    return rows
+
+
+def table_rows(page: Page, *columns: str) -> list[dict[str, str]]:
+    """Rows of all tables with these columns among others."""
+    found, names = [], []
+    for row in page.rows:
+        texts = [text for _, text in row]
+        if texts[0] in ("model", "task", "source", "image", "reference"):
+            names = texts
+        elif set(columns) <= set(names):
+            found.append(dict(zip(names, texts, strict=True)))
+    return found
+
+
+def test_every_group_stands_beside_the_published_rows(runs, tmp_path):
+    samples = all_tasks(np.random.default_rng())
+    path = eval_run(tmp_path / "all", tmp_path / "data", samples)
+    text, page = rendered(tmp_path, path, runs["before"])
+    tasks = json.loads((tmp_path / "all" / "results.json").read_text())["tasks"]
+    # A run is in the tables of what it has figures of.
+    assert [row["model"] for row in table_rows(page, "mean of 12")][:2] == ["all (medmax-v1)", "before (medmax-v1)"]
+    similar, mm_out, chat = (
+        table_rows(page, "model", name) for name in ("image_captioning_quilt", "mm_out_x", "visual_chat, all")
+    )
+    assert [row["model"] for row in similar] == ["all (medmax-v1)", "Chameleon-7B (published)", "MedMax-7B (published)"]
+    for name in ("image_captioning_quilt", "image_generation_quilt"):
+        assert similar[0][name] == f"{tasks[name]['similarity']:.2f}"
+        assert similar[2][name] == f"{SIMILARITY['MedMax-7B'][name]:.2f}"
+    # The published figures are of all questions, so they stand beside the mean over all questions.
+    for label, key, factor, half in (
+        ("mm_out, all", "scores", 100, 0.0501),
+        ("mm_out, images, all", "image_similarity", 1, 0.00501),
+    ):
+        values = [row[key]["medmax-v1"] for row in samples if row["task"].startswith("mm_out")]
+        assert float(mm_out[0][label]) == pytest.approx(factor * np.mean(values), abs=half)
+    assert [mm_out[2][name] for name in ("mm_out_x", "mm_out, all", "mm_out, images, all")] == [
+        "-",
+        f"{INTERLEAVED['MedMax-7B']['text']:.1f}",
+        f"{INTERLEAVED['MedMax-7B']['image']:.2f}",
     ]
-    outputs = [[tuple(cell) for cell in row[2:4]] for row in page.rows[start + 1 :]]
-    assert outputs == [
-        # Wrong after training; then wrong before; then right both times.
-        [("unparsed", "unparsed: 'A thing'"), ("wrong", "wrong: 'C'")],
-        [("wrong", "wrong: 'no'"), ("right", "right: 'yes'")],
-        [("wrong", "wrong: 'C'"), ("right", "right: 'B'")],
-        [("right", "right: 'yes'"), ("right", "right: 'yes'")],
+    values = [row["scores"]["medmax-v1"] for row in samples if row["task"].startswith("visual_chat")]
+    assert float(chat[0]["visual_chat, all"]) == pytest.approx(100 * np.mean(values), abs=0.051)
+    assert {row["model"]: row["visual_chat, all"] for row in chat[1:]} == {
+        f"{model} (published)": f"{value:.1f}" for model, value in VISUAL_CHAT.items()
+    }
+    assert "read off a plot" in text
+    for caption in ("Accuracy per task", "Accuracy by answer type", "Similarity", "Relative scores"):
+        assert text.count(f"![{caption}](") == 1
+
+
+def test_the_only_task_of_mm_out_stands_for_all_of_it(tmp_path):
+    for judged in (True, False):
+        rows = [row for row in all_tasks(np.random.default_rng(1), judged=judged) if row["task"] != "mm_out_y"]
+        folder = tmp_path / str(judged)
+        _, page = rendered(folder, eval_run(folder / "one", tmp_path / "data", rows))
+        ours, _, published = table_rows(page, "model", "mm_out_x, images")
+        assert set(ours) == {"model", "mm_out_x, images"} | ({"mm_out_x"} if judged else set())
+        assert (published.get("mm_out_x"), published["mm_out_x, images"]) == ("94.2" if judged else None, "0.46")
+
+
+def test_a_table_without_any_of_our_tasks_is_left_out(runs, tmp_path):
+    text, page = rendered(tmp_path, runs["before"])
+    assert "### Similarity" not in text and "### Relative scores" not in text and "### Paired" not in text
+    assert not table_rows(page, "image_captioning_quilt")
+
+
+def test_without_a_judge(tmp_path):
+    rows = all_tasks(np.random.default_rng(2), judged=False)
+    text, page = rendered(tmp_path, eval_run(tmp_path / "bare", tmp_path / "data", rows))
+    row = next(row for row in table_rows(page, "clustered") if row["task"] == "slake_open")
+    assert [row[name] for name in ("counted", "value", "95 % interval", "by", "standard error")] == ["0", *"----"]
+    assert "slake_open" not in table_rows(page, "mean of 12")[0]
+    shown = next(part for part in page.parts if part[0].startswith("slake_open"))
+    assert all(row[-1][1].startswith("not scored: out ") for row in shown[2][1:])
+    # Of the pictures of mm_out there are figures all the same.
+    assert {"mm_out, images, all", "mm_out_x, images"} <= set(table_rows(page, "model", "mm_out_x, images")[0])
+    assert "mm_out_x, images" in figures_of(json.loads((tmp_path / "bare" / "results.json").read_text()))
+
+
+def test_details_of_a_run(tmp_path):
+    rows = [sample("slake_open", i, "x", 0.5, status=status) for i, status in enumerate((*STATUSES, "failed"))]
+    path = eval_run(
+        tmp_path / "run",
+        tmp_path / "data",
+        rows,
+        judge={"model": "gpt-4o-mini", "reported": ["snap-1", "snap-2"], "calls": 9, "prompts_sha256": "ab" * 32},
+        clip={"model": "Biomed*CLIP*"},
+        notes=["a <i>note</i>"],
+        groups={
+            "source": {
+                "slake": {"metric": "accuracy", "accuracy": 0.25, "n": 4, "stderr_clustered": 0.1, "ci95": [0, 0.5]}
+            },
+            "domain": {},
+        },
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["tasks"]["slake_open"]["text_metrics"] = {"token_f1": 0.25}
+    results["tasks"]["slake_open"]["fid"] = {"features": "clip", "fid": 12.5, "n_real": 4}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    text, page = rendered(tmp_path, path)
+    (row,) = table_rows(page, "clustered", "counted")
+    assert list(row.values()) == ["slake_open", "5", "5", "5", "50.0 %", "30.0 to 75.0", "bootstrap", "10.0", "12.5"]
+    (row,) = table_rows(page, "strict - medmax-v1")
+    assert list(row.values()) == ["slake_open", "50.0", "45.0", "-5.0", "1", "1", "2", "1"]
+    assert table_rows(page, "token_f1") == [{"task": "slake_open", "token_f1": "0.250"}]
+    assert table_rows(page, "fid") == [{"task": "slake_open", "features": "clip", "fid": "12.500", "n_real": "4"}]
+    assert [list(row.values())[:4] for row in table_rows(page, "source")] == [["slake", "4", "25.0 %", "0.0 to 50.0"]]
+    whole = (tmp_path / "report" / "report.html").read_text()
+    for fact in (
+        "Model: kind native; model ck`pt",
+        "Judge: model gpt-4o-mini; reported snap-1, snap-2; calls 9; prompts sha256 " + "ab" * 32,
+        "Image-text encoder: model Biomed*CLIP*",
+        "Note: a &lt;i&gt;note&lt;/i&gt;.",
+        "Prompt form: [bos, image, question, eot]",
+        "sha256 of data: " + "d" * 64,
+    ):
+        assert f"<li>{fact}</li>" in whole, fact
+    assert "sha256 of checkpoint" not in text and "i" not in page.tags
+
+
+def test_pairs_are_those_of_the_same_questions_and_adjusted_together(tmp_path):
+    rng = np.random.default_rng()
+    names = ("slake_closed", "path_mmu_mcq", "image_captioning_quilt")
+
+    def made(better: float) -> list[dict]:
+        rows = []
+        for name in names:
+            for i in range(60):
+                value = float(rng.random() < better) if name != names[2] else 0.1 * better + float(rng.random())
+                rows.append(sample(name, i, "x", value))
+        return rows
+
+    runs = {"first": made(0.2), "second": made(0.4), "third": made(0.3), "other": made(0.5)}
+    # Not the same questions: the run has no part in any pair.
+    paths = [
+        eval_run(tmp_path / name, tmp_path / "data", rows, "9" if name == "other" else "d")
+        for name, rows in runs.items()
     ]
-    assert page.rows[start + 1][4][1] == "Question 3 <b>bold</b> | a pipe?"
+    text, page = rendered(tmp_path, *paths)
+    expected = [row for name in ("second", "third") for row in compare_runs(runs["first"], runs[name], "medmax-v1")]
+    adjusted = holm([row["p_value"] for row in expected])
+    shown = table_rows(page, "p, Holm")
+    assert [row["task"] for row in shown] == [*names, "mean of 2 tasks"] * 2
+    assert f"adjusted for all {len(expected)} comparisons" in text
+
+    def number(p: float) -> str:
+        return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+    for row, known, p in zip(shown, expected, adjusted, strict=True):
+        plainly = known["task"] == names[2]
+        for cell, key in zip(
+            [row["difference"], *row["95 % interval"].split(" to ")], ("difference", "low", "high"), strict=True
+        ):
+            assert float(cell) == pytest.approx(known[key] * (1 if plainly else 100), abs=0.00051 if plainly else 0.051)
+        assert (row["p"], row["p, Holm"]) == (number(known["p_value"]), number(p))
+        assert (row["n"], row["images"]) == (str(known["n"]), str(known["images"]))
+    for k, name in enumerate(("second", "third")):
+        line = re.search(rf"^\*\*{name}\*\* - first \(medmax-v1\); .* significant at 5 %: (.*)\.$", text, re.M)[1]
+        found = [
+            row["task"] for row, p in zip(expected[4 * k :], adjusted[4 * k : 4 * k + 4], strict=False) if p < 0.05
+        ]
+        assert re.findall(r"(\w[\w ]*) [+-]", line) == found or (line, found) == ("nothing", [])
+    assert "other** -" not in text and "first** -" not in text
+    # The samples of the other run are apart as well.
+    assert sum(part[0].startswith("slake_closed: other") for part in page.parts) == 1
+
+
+def test_drawings_stand_beside_their_reference(runs, tmp_path):
+    rows = [
+        sample("image_generation_quilt", 0, "", 0.3125, pictures=["pictures/x.png"], answer=""),
+        sample("image_generation_quilt", 1, "", None, status="unparsed", answer=""),
+        sample("image_generation_quilt", 2, "", 0.1, pictures=["pictures/x.png"], answer="", image=""),
+    ]
+    path = eval_run(tmp_path / "drew", tmp_path / "data", rows)
+    (tmp_path / "drew" / "pictures").mkdir()
+    Image.new("RGB", (512, 512), "navy").save(tmp_path / "drew" / "pictures" / "x.png")
+    _, page = rendered(tmp_path, path)
+    heading, *shown = [[text.strip() for _, text in row] for row in page.parts[-1][2]]
+    # No column of gold answers where there are none.
+    assert heading == ["reference", "drew: output", "question"]
+    assert [row[:2] for row in shown] == [["", "unparsed: (nothing)"], ["-", "0.100:"], ["", "0.312:"]]
+    images = [Image.open(io.BytesIO(base64.b64decode(p.split(",")[1]))) for p in page.pictures[-4:]]
+    assert [image.size for image in images] == [(192, 128), (192, 192), (192, 128), (192, 192)]
+    assert images[1].getpixel((9, 9))[2] > 100 and images[0].getpixel((9, 9))[0] > 200
+
+
+def test_long_outputs_and_many_samples_are_cut(tmp_path):
+    rows = [sample("slake_open", i, f"{i} " + "word " * 500, float(i >= 30)) for i in range(50)]
+    rows[3]["judge"] = {"scores": [0], "reply": "because " * 100, "error": None}
+    rows[4] |= {"status": "unjudged", "judge": {"scores": None, "reply": "", "error": "HTTP 503"}}
+    rows[4]["scores"] = dict.fromkeys(PROTOCOLS)
+    text, page = rendered(tmp_path, eval_run(tmp_path / "long", tmp_path / "data", rows))
+    (_, *shown) = page.parts[-1][2]
+    assert len(shown) == 20 and "30 more samples of slake_open are in samples.jsonl." in text
+    outputs = [row[-1][1] for row in shown]
+    # Wrong ones in the order of the data; what nobody judged is not among them.
+    numbers = [int(re.match(r"wrong: (\d+) word", output)[1]) for output in outputs]
+    assert numbers == [i for i in range(21) if i != 4]
+    assert all(len(output) < 320 and output.endswith(" ...") for output in outputs[:3])
+    assert re.fullmatch(r"wrong: 3 (word )+.*\.\.\. judge: (because )+.*\.\.\.", outputs[3]) and len(outputs[3]) < 500
+
+
+HOSTILE = "</td><script>alert(1)</script> | **b** | `c` \n\n# head\n\n#### x ![p](a.png) [l](http://x.org)"
+HOSTILE += " <!-- &lt; _i_ ~~s~~ \\"
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "output", "error", "judge", "name"])
+def test_nothing_in_a_sample_is_markup(field, runs, tmp_path):
+    plainly = sample("slake_open", 0, "out", 0.0, judge={"scores": [0], "reply": "said", "error": None})
+    calm = rendered(tmp_path / "calm", eval_run(tmp_path / "x", tmp_path / "data", [plainly]))[1]
+    change = {field: HOSTILE, "judge": plainly["judge"]}
+    change |= {"judge": {"scores": [0], "reply": HOSTILE, "error": None}} if field == "judge" else {}
+    change |= {"status": "failed"} if field == "error" else {}
+    name = "a *b* | <i>c" if field == "name" else "y"
+    path = eval_run(tmp_path / name, tmp_path / "data", [plainly | change])
+    _, page = rendered(tmp_path / "wild", path)
+    assert page.tags == calm.tags
+    text = " ".join(cell[1] for row in page.rows for cell in row)
+    if field == "name":
+        assert name in text
+    else:
+        assert " ".join(HOSTILE.split())[:150] in text
 
 
 def test_generation_shows_prompt_reference_and_drawing(runs, tmp_path):
@@ -245,6 +575,8 @@ def test_rendering_again_and_refusals(runs, tmp_path):
     refused("metrics.jsonl: empty", runs["train"])
     (tmp_path / "before" / "results.json").write_text("{}")
     refused("results.json: no tasks", runs["before"])
+    (tmp_path / "before" / "results.json").write_text('{"tasks": {"slake_closed": {"accuracy": 0.5}}}')
+    refused("results.json: a task without its metric", runs["before"])
     (tmp_path / "before" / "results.json").write_text("{")
     refused("results.json: not valid JSON", runs["before"])
 
@@ -471,11 +803,37 @@ def test_running_mean(count, window):
     np.testing.assert_allclose(figures.running_mean(values.tolist(), window), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("draw", [figures.evaluation_bars, figures.accuracy_dots])
+def test_runs_intervals_and_published_values_are_all_drawn(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figure)
+    rng = np.random.default_rng()
+    tasks = list(PUBLISHED["MedMax-7B"]["tasks"])[: int(rng.integers(2, 13))]
+    runs = {f"run {k}": {task: tuple(np.sort(rng.random(3))[[1, 0, 2]]) for task in tasks[k:]} for k in range(2)}
+    drawn = draw(runs, tmp_path / "x.png", {"name": "MedMax-7B", "tasks": PUBLISHED["MedMax-7B"]["tasks"]})
+    across = 1 if draw is figures.evaluation_bars else 0
+    labels = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert labels == ["run 0", "run 1", "MedMax-7B (published)"]
+    lines = [line for axes in drawn.axes for line in axes.get_lines() if line.get_label() == labels[2]]
+    theirs = sorted(value for line in lines for value in line.get_xydata()[:, across])
+    assert theirs == sorted(PUBLISHED["MedMax-7B"]["tasks"][task] for task in tasks)
+    assert all(line.get_marker() == "D" and line.get_mfc() in ("white", "none") for line in lines)
+    # The ends of every interval, as the error bars' segments.
+    segments = [s for axes in drawn.axes for c in axes.collections for s in c.get_segments()]
+    # Those of bars are drawn twice, white and black.
+    ends = sorted({tuple(sorted(segment[:, across])) for segment in segments})
+    expected = sorted((100 * low, 100 * high) for run in runs.values() for _, low, high in run.values())
+    np.testing.assert_allclose(ends, expected, rtol=0, atol=1e-9)
+
+
 def test_every_figure_draws(tmp_path):
     metrics = [{"step": 1, "loss": 2.0, "text_loss": None, "image_loss": 1.0}, {"step": 2, "loss": 1.0}]
     bars = {"a": {"slake_closed": (0.5, *wilson(5, 10))}, "b": {"pmc_vqa_mcq": (1.0, *wilson(10, 10))}}
     published = {"name": "MedMax-7B", "tasks": PUBLISHED["MedMax-7B"]["tasks"]}
     picture = np.zeros((8, 8, 3), np.uint8)
+    many = {
+        f"run {k}": {task: (0.1 * k, 0.0, None if k == 3 else 0.9) for task in PUBLISHED["GPT-4o"]["tasks"]}
+        for k in range(6)
+    }
     drawn = [
         figures.loss_curve(metrics, tmp_path / "loss.png"),
         figures.loss_curve(metrics, tmp_path / "validated.png", [{"step": 2, "loss": 1.5, "text_loss": None}]),
@@ -485,6 +843,11 @@ def test_every_figure_draws(tmp_path):
         figures.store_overview([0], [0, 1], {2048: 0.0}, {8: 1.0}, tmp_path / "empty.png"),
         figures.evaluation_bars(bars, tmp_path / "bars.png", published),
         figures.evaluation_bars(bars, tmp_path / "ours.png"),
+        figures.evaluation_bars(many, tmp_path / "many.png", published),
+        figures.accuracy_dots(bars, tmp_path / "dots.png", published),
+        figures.accuracy_dots(many, tmp_path / "many_dots.png"),
+        figures.similarity_dots({"a": {"image_captioning_quilt": (-0.1, -0.2, 0.3)}}, tmp_path / "cosines.png"),
+        figures.relative_dots({"a": {"visual_chat_conversation": (1.1, None, None)}}, tmp_path / "relative.png"),
         figures.picture_grid([[picture, None]], ["before", "after"], tmp_path / "grid.png", ["one"]),
     ]
     for path in drawn:

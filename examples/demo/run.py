@@ -143,7 +143,7 @@ def summarize(folder: Path, seconds: dict[str, float]) -> bool:
     images = [record["image_loss"] for record in losses if record["image_loss"] is not None]
     agreement, difference = zip(*compare_drawings(folder), strict=True)
     right = {
-        name: [sample["correct"]["medmax-v1"] for sample in read_lines(folder / name / "samples.jsonl")]
+        name: [sample["scores"]["medmax-v1"] for sample in read_lines(folder / name / "samples.jsonl")]
         for name in ("before", "after")
     }
     accuracy = {name: np.mean(values) for name, values in right.items()}

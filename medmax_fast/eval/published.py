@@ -1,7 +1,8 @@
-"""The published accuracies of MedMax and the models it was compared with, as data.
+"""The published figures of MedMax and the models it was compared with, as data.
 
-Figures in percent, as printed by their authors under their own scoring (`medmax-v1`; open questions by a gpt-4o-mini
-judge). They were not measured by this package, and every table that shows them says so.
+As printed by their authors under their own scoring (`medmax-v1`; a gpt-4o-mini judge; similarities are cosines by
+BiomedCLIP). They were not measured by this package, and every table that shows them says so. Accuracies and relative
+scores are in percent, cosines plain.
 """
 
 SOURCE = "MedMax (Bansal et al., NeurIPS 2025 Datasets and Benchmarks; arXiv 2412.12661), table of the project page"
@@ -38,4 +39,38 @@ _ROWS = {
 PUBLISHED = {
     model: {"average": average, "tasks": dict(zip(TASK_IDS, values, strict=True))}
     for model, (average, values) in _ROWS.items()
+}
+
+# model -> task id -> cosine of the image and the text. The published column CXR is the question type `report`.
+SIMILARITY = {
+    "Chameleon-7B": {
+        "image_captioning_pmc_oa": 0.25,
+        "image_captioning_quilt": 0.24,
+        "image_captioning_report": 0.36,
+        "image_generation_pmc_oa": 0.10,
+        "image_generation_quilt": 0.21,
+        "image_generation_report": 0.20,
+    },
+    "MedMax-7B": {
+        "image_captioning_pmc_oa": 0.37,
+        "image_captioning_quilt": 0.32,
+        "image_captioning_report": 0.41,
+        "image_generation_pmc_oa": 0.20,
+        "image_generation_quilt": 0.24,
+        "image_generation_report": 0.30,
+    },
+}
+
+# model -> relative score of the text in percent, and cosine of the drawn and the reference image, over all of mm_out.
+INTERLEAVED = {
+    "Chameleon-7B": {"text": 75.2, "image": 0.35},
+    "MedMax-7B": {"text": 94.2, "image": 0.46},
+}
+
+# model -> relative score in percent over all of visual_chat. Printed as a plot only, and read off it.
+VISUAL_CHAT = {
+    "Chameleon-7B": 26.4,
+    "LLaVA-Med-v1.5-7B": 62.4,
+    "HuatuoGPT-Vision-7B": 60.4,
+    "MedMax-7B": 60.3,
 }

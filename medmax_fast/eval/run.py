@@ -1,213 +1,286 @@
-"""`medmax eval`: ask a model the questions of an evaluation folder, log every answer, score both ways.
+"""`medmax eval`: ask a model the questions of an evaluation folder, keep every answer, score them both ways.
 
-The data is checked before a model is loaded. Questions go to the engine in batches, in the order of the file, as
-[bos, image, question, eot], greedy with repetition penalty 1.2 and one new id. Each batch's answers are appended to
-samples.jsonl and synced to disk before the next is asked, so a killed run repeats at most one batch and ends with
-the same files. results.json is computed from samples.jsonl alone. Accuracies are fractions 0..1.
+The data is checked before a model is loaded. Questions go to the model in batches, each of which is on disk before its
+process begins another (eval/answers.py); any number of processes, under torchrun, deepspeed or started by hand, share
+the batches of one folder by file locks. One of them then scores: similarities and verdicts come from the answers alone,
+samples.jsonl from these, and results.json from samples.jsonl, so the files do not depend on who did what, or how often
+it was interrupted.
 """
 
 import hashlib
-import json
-import os
+import time
 from pathlib import Path
-from typing import Protocol
 
 from medmax_fast.config import EvalConfig, settings_of
-from medmax_fast.eval.published import PUBLISHED
-from medmax_fast.eval.scoring import PROTOCOLS, plain_mean, score, task_result
-from medmax_fast.eval.tasks import GOLD, EvalData, Question, load_questions
-from medmax_fast.runtime import InputError, hash_file, log, open_output, progress, rank_and_world, versions, write_json
+from medmax_fast.data.claims import Claims
+from medmax_fast.eval.answers import Answers, write_lines
+from medmax_fast.eval.asking import ask_of, batches, prompts_hash
+from medmax_fast.eval.backends.protocol import Answer, Backend
+from medmax_fast.eval.distances import distances
+from medmax_fast.eval.judge import estimate
+from medmax_fast.eval.opening import (
+    REPLIES,
+    check_flags,
+    encoder_name,
+    estimate_asks,
+    lacking,
+    model_hash,
+    open_backend,
+    open_servers,
+    prompt_form,
+)
+from medmax_fast.eval.questions import EvalData, load_questions
+from medmax_fast.eval.results import summarize, summary_table
+from medmax_fast.eval.samples import Given, Measured, judge_cases, make_sample, similarities
+from medmax_fast.eval.similarity import available, open_encoder
+from medmax_fast.eval.tasks import GOLD
+from medmax_fast.eval.text_metrics import missing
+from medmax_fast.runtime import (
+    InputError,
+    Progress,
+    log,
+    open_output,
+    pick_device,
+    rank_and_world,
+    read_json,
+    versions,
+    write_json,
+)
 
 SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
-# What the published evaluation used for every task of this version.
-PROMPT_FORM = "[bos, image, question, eot]"
-REPETITION_PENALTY = 1.2
+# How long a process without work waits before it looks again.
+_POLL_SECONDS = 0.5
 
 
-class Answers(Protocol):
-    """What a backend offers: one result per request, each with `id`, `content` pieces, `token_ids` and `error`."""
+def evaluate(config: EvalConfig, backend: Backend | None = None) -> dict:
+    """Run or continue an evaluation; returns what results.json holds, with a summary table and what servers cost.
 
-    def generate(self, requests: list, batch_size: int) -> list:
-        """Answer all requests; a request that cannot be answered gets an `error`, the others go on."""
-
-
-def evaluate(config: EvalConfig, engine: Answers | None = None) -> dict:
-    """Run or continue an evaluation; returns what results.json holds, with a summary table.
-
-    `engine` is used instead of one opened from `config.ckpt`. InputError for bad data or settings, before any model
-    is loaded; a question whose image cannot be read counts as wrong and under `failed`.
+    `backend` is asked instead of one opened from the flags. InputError for bad data or settings, before any model is
+    loaded; a question that gets no answer counts under `failed`, and the others go on.
     """
-    if config.protocol not in PROTOCOLS:
-        raise InputError(f"--protocol {config.protocol}: expected {' or '.join(PROTOCOLS)}")
-    if config.batch_size < 1:
-        raise InputError(f"--batch-size {config.batch_size}: expected at least 1")
-    if rank_and_world()[1] > 1:
-        raise InputError("medmax eval: runs as one process; start it without torchrun or deepspeed")
-    if engine is None and not config.ckpt:
-        raise InputError("--ckpt: missing, needed with --backend native")
-    data = load_questions(config.data, config.tasks, config.limit)
-    hashes = _hashes(data, config.ckpt)
-    settings = settings_of(config, "ckpt", "backend", "tasks", "limit", "protocol", "precision")
-    # The prefix sorts behind the flags, so that a changed flag is named before the hashes that it changes.
-    folder = open_output(config.output, "eval", {**settings, **{f"sha256_{k}": v for k, v in hashes.items()}})
-    done = read_samples(folder / SAMPLES_FILE, data.questions)
-    todo = [question for question in data.questions if question.id not in done]
-    if todo:
+    check_flags(config, backend)
+    data = load_questions(config.data, config.tasks, config.limit, lacking(config, backend))
+    return EvalRun(config, data, backend).run()
+
+
+class EvalRun:
+    """One process's part in an evaluation."""
+
+    def __init__(self, config: EvalConfig, data: EvalData, backend: Backend | None):
+        self.config, self.data, self._backend = config, data, backend
+        self.form, self.encoder_name = prompt_form(config), encoder_name(config)
+        self.asks = [ask_of(question, self.form, config.max_new_tokens) for question in data.questions]
+        self.hashes = {
+            "data": data.sha256,
+            "prompts": prompts_hash(data, self.asks),
+            "images": _images_hash(data),
+            "checkpoint": model_hash(config),
+        }
+        self.servers = open_servers(config, Path(config.output) / REPLIES)
+        kinds = {question.task.kind for question in data.questions}
+        compared = self.encoder_name != "none" and kinds & {"caption", "drawing", "interleaved"}
+        # Opened before the model answers for hours only to find that there is no encoder.
+        self.encoder = open_encoder(self.encoder_name, pick_device(config.device)) if compared else None
+        self.folder = open_output(config.output, "eval", self._settings())
+        self.batches = batches(data, self.asks, config.batch_tokens)
+        self.answers = Answers(self.folder, [[data.questions[i].id for i in batch] for batch in self.batches])
+
+    def run(self) -> dict:
+        """Answer what is left, then score, or wait for the process that does."""
+        path = self.folder / RESULTS_FILE
+        again = self.answers.reopen()
+        if again:
+            log(f"eval: {again} questions got no answer the last time and are asked again")
+            path.unlink(missing_ok=True)
+        with Claims(self.answers.claims_path) as claims:
+            self._answer(claims)
+            # Not needed any more, and the encoder may want its memory.
+            self._backend = None
+            if rank_and_world()[0]:
+                # The first rank scores and reports.
+                return {}
+            while not claims.take(len(self.batches)):
+                time.sleep(_POLL_SECONDS)
+            results = read_json(path) if path.exists() else None
+            if results is None or results["coverage"]["unjudged"]:
+                results = self._score()
+        usage = self.servers.meter.usage()
+        cost = {"servers": usage} if usage["calls"] or usage["cached"] else {}
+        return {"output": str(self.folder), **results, **cost, "summary": summary_table(results)}
+
+    # ---- answers ----
+
+    def _answer(self, claims: Claims) -> None:
+        """Claim and answer batches until all are done, by whomever."""
+        total = len(self.asks)
+        left = self.answers.left()
+        if not left:
+            return
+        done = total - sum(len(self.batches[number]) for number in left)
         if done:
-            log(f"eval: {len(done)} of {len(data.questions)} questions are already answered in {folder}")
-        _ask(todo, engine or _open_engine(config), config.batch_size, folder / SAMPLES_FILE)
-        done = read_samples(folder / SAMPLES_FILE, data.questions)
-    results = {
-        **summarize([done[question.id] for question in data.questions], config.protocol),
-        "skipped": data.skipped,
-        "notes": _notes(data),
-        "data": str(data.folder.resolve()),
-        **settings_of(config, "ckpt", "backend", "limit"),
-        "prompt_form": PROMPT_FORM,
-        "hashes": hashes,
-        "versions": versions(),
-    }
-    write_json(folder / RESULTS_FILE, results)
-    return {"output": str(folder), **results, "summary": _summary_table(results)}
+            log(f"eval: {done} of {total} questions are already answered in {self.folder}")
+        # A wrong address or key is better known before a model has answered for hours.
+        for asker in (self.servers.backend, self.servers.judge):
+            if asker:
+                asker.client.check()
+        if self.servers.backend:
+            asks = [self.asks[i] for number in left for i in self.batches[number]]
+            self._announce("the questions", estimate_asks(asks, self.servers.prices))
+        with Progress("eval (questions)", total, done) as bar:
+            while left:
+                if not sum([self._answer_batch(number, claims) for number in left]):
+                    # The rest is in other processes' hands; should one of them die, its claims become free.
+                    time.sleep(_POLL_SECONDS)
+                left = self.answers.left()
+                bar.update(total - sum(len(self.batches[number]) for number in left))
 
-
-def read_samples(path: Path, questions: list[Question]) -> dict[str, dict]:
-    """Answers logged so far, by question id; a last line that a killed run left unfinished is cut off the file."""
-    if not path.exists():
-        return {}
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    known = {question.id for question in questions}
-    samples = {}
-    # Not as text, where an answer may hold other ends of lines.
-    for number, line in enumerate(whole.splitlines(), 1):
+    def _answer_batch(self, number: int, claims: Claims) -> bool:
+        """Answer one batch if nobody else has it; whether it was done here."""
+        if self.answers.is_done(number) or not claims.take(number):
+            return False
         try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number}: not valid JSON ({error})") from error
-        if sample["id"] not in known or sample["id"] in samples:
-            raise InputError(f"{path}: line {number}: id {sample['id']!r} is unknown or given twice")
-        samples[sample["id"]] = sample
-    return samples
+            # It may have been published between the look and the claim.
+            if self.answers.is_done(number):
+                return False
+            kept = self.answers.kept(number)
+            asks = [self.asks[i] for i in self.batches[number] if self.asks[i].id not in kept]
+            if self._backend is None:
+                self._backend = open_backend(self.config, self.servers)
+                self._check_draws()
+            found = self._backend.answer(asks, self.config.batch_size)
+            facts = _stable(self._backend.facts()) | {"draws": self._backend.draws}
+            self.answers.publish(number, facts, kept, found)
+            self._log_errors(found)
+        finally:
+            claims.give_back(number)
+        return True
+
+    def _check_draws(self) -> None:
+        drawn = any(ask.mode == "image" for ask in self.asks)
+        if drawn and self._backend.draws is False:
+            raise InputError(f"{self.config.ckpt}: no VQGAN decoder, so it cannot draw; --vqgan gives it one")
+
+    @staticmethod
+    def _log_errors(answers: list[Answer]) -> None:
+        errors = [answer for answer in answers if answer.error is not None]
+        for answer in errors[:3]:
+            log(f"{answer.id}: {answer.error}")
+        if len(errors) > 3:
+            log(f"and {len(errors) - 3} more questions of this batch got no answer")
+
+    # ---- scores ----
+
+    def _score(self) -> dict:
+        """samples.jsonl and results.json from the answers."""
+        facts, answers = self.answers.read()
+        measured = Measured(self._judge(answers), self._compare(answers))
+        samples = [make_sample(question, self.data, answers[question.id], measured) for question in self.data.questions]
+        results = {**summarize(samples, self.config.protocol), **self._facts(facts, measured)}
+        if self.config.fid != "none":
+            for task_id, found in self._distances(answers).items():
+                results["tasks"][task_id]["fid"] = found
+        passing = sum(answers[question.id].passing for question in self.data.questions)
+        if passing or results["coverage"]["unjudged"]:
+            log(
+                f"eval: servers left {passing} questions without an answer and {results['coverage']['unjudged']} "
+                "answers without a verdict; the same command asks for these again"
+            )
+        write_lines(self.folder / SAMPLES_FILE, samples)
+        write_json(self.folder / RESULTS_FILE, results)
+        return results
+
+    def _judge(self, answers: dict[str, Given]) -> dict | None:
+        cases = judge_cases(self.data.questions, answers)
+        if self.servers.judge is None:
+            return None
+        if cases:
+            self._announce("the judge", estimate(cases, self.servers.judge.prompts, self.servers.judge_prices))
+        with Progress("eval (verdicts)", len(cases)) as bar:
+            return self.servers.judge.verdicts(cases, lambda: bar.update(bar.done + 1))
+
+    def _compare(self, answers: dict[str, Given]):
+        if self.encoder_name == "none":
+            return None
+        return similarities(self.data.questions, answers, self.folder, self.encoder)
+
+    def _distances(self, answers: dict[str, Given]) -> dict[str, dict]:
+        """FID and KID per task of drawings, between the pictures drawn and the images of its rows."""
+        found = {}
+        for task_id in dict.fromkeys(q.task_id for q in self.data.questions if q.task.kind == "drawing"):
+            rows = [q for q in self.data.questions if q.task_id == task_id]
+            drawn = [self.folder / name for q in rows for name in answers[q.id].pictures]
+            measured = distances([q.path for q in rows if q.path], drawn, self.config.fid, self.encoder)
+            if measured:
+                found[task_id] = measured
+        return found
+
+    def _announce(self, what: str, expected: dict) -> None:
+        """Say what a server will cost; InputError if that is over the budget."""
+        usd, budget = expected["usd"], self.config.budget
+        cost = "at a price that is not known" if usd is None else f"about {usd:.2f} USD"
+        tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
+        log(f"eval: {what}: at most {expected['calls']:,} requests, about {tokens}, {cost}")
+        if budget and usd is not None and usd > budget - self.servers.meter.usd:
+            raise InputError(
+                f"--budget {budget:g}: {what} may cost about {usd:.2f} USD; raise it, or ask less by --limit"
+            )
+
+    # ---- facts ----
+
+    def _settings(self) -> dict:
+        config, judge = self.config, self.servers.judge
+        return {
+            **settings_of(config, "ckpt", "vqgan", "backend", "model", "tasks", "limit", "protocol", "max_new_tokens"),
+            **settings_of(config, "judge", "fid", "batch_tokens", "precision"),
+            "prompt_form": self.form,
+            "clip": self.encoder_name,
+            "api_url": self.servers.backend and self.servers.backend.client.url,
+            "judge_model": judge and judge.client.model,
+            "judge_url": judge and judge.client.url,
+            "judge_prompts": judge and judge.prompts.sha256,
+            # The prefix sorts behind the flags, so that a changed flag is named before the hashes that it changes.
+            **{f"sha256_{name}": value for name, value in self.hashes.items()},
+        }
+
+    def _facts(self, backend: dict, measured: Measured) -> dict:
+        """What results.json says beside figures."""
+        judge = self.servers.judge
+        return {
+            "skipped": self.data.skipped,
+            "notes": self._notes(backend, measured),
+            "data": str(self.data.folder.resolve()),
+            **settings_of(self.config, "ckpt", "limit"),
+            "backend": backend,
+            "judge": _stable(judge.facts()) if judge else None,
+            "clip": self.encoder.facts() if self.encoder else None,
+            "prompt_form": self.form,
+            "hashes": self.hashes,
+            "versions": versions(),
+        }
+
+    def _notes(self, backend: dict, measured: Measured) -> list[str]:
+        questions = self.data.questions
+        notes = []
+        odd = sum(q.answer not in GOLD[q.task.kind] for q in questions if q.task.kind in GOLD)
+        if odd:
+            notes.append(
+                f"{odd} gold answers are not written as yes, no or A to D exactly; "
+                "medmax-v1 never counts such a row right"
+            )
+        if measured.verdicts is None and any(q.task.judged for q in questions):
+            notes.append("no judge: open answers, visual chats and interleaved answers are compared word by word only")
+        if self.config.clip == "auto" and self.encoder_name == "none":
+            notes.append(f"no image-text similarities: {available()}")
+        if any(q.task.kind == "interleaved" for q in questions) and backend.get("draws") is False:
+            notes.append("the model does not draw: interleaved answers are text alone")
+        return notes + missing()
 
 
-def summarize(samples: list[dict], protocol: str) -> dict:
-    """The figures of results.json from samples in data order: per task, and their plain mean under both protocols."""
-    by_task = {}
-    for sample in samples:
-        by_task.setdefault(sample["task"], []).append(sample)
-    tasks = {task_id: task_result(group, protocol) for task_id, group in by_task.items()}
-    averages = {name: plain_mean([task["by_protocol"][name] for task in tasks.values()]) for name in PROTOCOLS}
-    return {
-        "protocol": protocol,
-        "unit": "fraction",
-        "average": averages[protocol],
-        "average_tasks": len(tasks),
-        "average_by_protocol": averages,
-        "n": len(samples),
-        "unparsed": sum(task["unparsed"] for task in tasks.values()),
-        "failed": sum(task["failed"] for task in tasks.values()),
-        "tasks": tasks,
-    }
+def _stable(facts: dict) -> dict:
+    """Facts without those that differ between runs that are otherwise the same."""
+    return {name: value for name, value in facts.items() if name != "usage"}
 
 
-def _ask(questions: list[Question], engine: Answers, batch_size: int, path: Path) -> None:
-    from medmax_fast.generate.requests import Request
-
-    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
-    with open(path, "a", encoding="utf-8") as file:
-        for batch in progress(batches, "eval batches"):
-            requests = [
-                Request(
-                    id=question.id,
-                    content=[
-                        {"type": "image", "path": str(question.path)},
-                        {"type": "text", "text": question.prompt},
-                    ],
-                    mode="text",
-                    greedy=True,
-                    repetition_penalty=REPETITION_PENALTY,
-                    max_new_tokens=question.task.new_tokens,
-                )
-                for question in batch
-            ]
-            results = {result.id: result for result in engine.generate(requests, batch_size=batch_size)}
-            assert results.keys() == {question.id for question in batch}, "the backend lost or invented answers"
-            for question in batch:
-                file.write(json.dumps(_sample(question, results[question.id]), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _sample(question: Question, result) -> dict:
-    pieces = [] if result.error else result.content
-    output = "".join(piece["text"] for piece in pieces if piece["type"] == "text")
-    verdict = score(question.task.score, question.answer, output)
-    return {
-        "id": question.id,
-        "task": question.task_id,
-        "question": question.prompt,
-        "answer": question.answer,
-        "output": output,
-        # A question that could not be asked is wrong even where an empty output would match nothing anyway.
-        "correct": {name: verdict[name] and not result.error for name in PROTOCOLS},
-        "parsed": verdict["parsed"],
-        "error": result.error,
-        "image": question.image,
-        "token_ids": [] if result.error else [int(i) for i in result.token_ids],
-    }
-
-
-def _open_engine(config: EvalConfig) -> Answers:
-    from medmax_fast.generate.engine import Engine
-
-    return Engine.from_checkpoint(config.ckpt, device=config.device, precision=config.precision)
-
-
-def _hashes(data: EvalData, ckpt: str) -> dict:
-    """SHA-256 of everything that the answers depend on; of the checkpoint, every file's name and content."""
-    prompts, images = hashlib.sha256(PROMPT_FORM.encode()), hashlib.sha256()
-    for question in data.questions:
-        prompts.update(json.dumps([question.id, question.prompt, question.answer, question.image]).encode())
-    for path in sorted({question.path for question in data.questions}):
-        images.update(bytes.fromhex(hash_file(path)))
-    hashes = {"data": data.sha256, "prompts": prompts.hexdigest(), "images": images.hexdigest(), "checkpoint": None}
-    if ckpt:
-        weights, root = hashlib.sha256(), Path(ckpt)
-        if not root.is_dir():
-            raise InputError(f"--ckpt {ckpt}: no such folder")
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            weights.update(f"{path.relative_to(root)}\n{hash_file(path)}\n".encode())
-        hashes["checkpoint"] = weights.hexdigest()
-    return hashes
-
-
-def _notes(data: EvalData) -> list[str]:
-    odd = sum(question.answer not in GOLD[question.task.score] for question in data.questions)
-    if not odd:
-        return []
-    return [f"{odd} gold answers are not written as yes, no or A to D exactly; medmax-v1 never counts such a row right"]
-
-
-def _summary_table(results: dict) -> list[dict]:
-    """One row per task in percent, for people, with MedMax-7B's published figure beside ours."""
-    published = PUBLISHED["MedMax-7B"]["tasks"]
-    rows = []
-    for task_id, task in results["tasks"].items():
-        low, high = task["ci95"]
-        rows.append(
-            {
-                "task": task_id,
-                "n": task["n"],
-                "accuracy %": round(100 * task["accuracy"], 1),
-                "95 % interval": f"{100 * low:.1f}-{100 * high:.1f}",
-                **{f"{name} %": round(100 * task["by_protocol"][name], 1) for name in PROTOCOLS},
-                "unparsed": task["unparsed"],
-                "failed": task["failed"],
-                "MedMax-7B published %": published.get(task_id, ""),
-            }
-        )
-    return rows
+def _images_hash(data: EvalData) -> str:
+    return hashlib.sha256("".join(sorted(set(data.images.values()))).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Models that answer the questions of an evaluation, behind one protocol."""

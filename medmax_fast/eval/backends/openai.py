@@ -1,0 +1,129 @@
+"""A model behind a chat-completions server as an evaluation backend.
+
+Every ask is one user message with its pictures inside it as data: URLs, in the order of the content. Answers come from
+a pool of threads; a question that fails, or whose picture is broken, is an error of its own, and the others go on.
+There is no repetition penalty in this protocol, so a model that repeats itself does so up to its limit.
+"""
+
+import base64
+import contextlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from medmax_fast.data.images import ImageError, Picture, decode, read_file
+from medmax_fast.eval.backends.protocol import Answer, Ask, Content
+from medmax_fast.eval.servers.chat import ChatClient, ChatError
+
+# What "as many as the answer takes" means here, as in the published evaluation of answers with pictures.
+NEW_TOKENS = 1024
+# Servers scale larger pictures down themselves, to less than this; it bounds what is sent.
+MAX_SIDE = 2048
+# What every server reads, and the modes in which it does.
+_MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+
+
+class OpenAIBackend:
+    """See eval/backends/protocol.py; at most `concurrency` questions are in flight."""
+
+    draws = None
+
+    def __init__(self, client: ChatClient, concurrency: int):
+        assert concurrency >= 1, concurrency
+        self.client, self._concurrency = client, concurrency
+
+    def answer(self, asks: list[Ask], batch_size: int) -> list[Answer]:
+        """Answers in order of completion; InputError (BudgetSpent among them) for what ends the run.
+
+        Then, and when interrupted, what has begun is waited for and kept in the client's cache, and the client stops.
+        """
+        workers = max(1, min(self._concurrency, batch_size, len(asks)))
+        with ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as ending:
+            ending.callback(pool.shutdown, wait=False, cancel_futures=True)
+            ending.callback(self.client.stop)
+            futures = [pool.submit(self._answer, ask) for ask in asks]
+            answers = [future.result() for future in as_completed(futures)]
+            ending.pop_all()
+        return answers
+
+    def facts(self) -> dict:
+        """The client's facts with the kind of backend and how it decodes."""
+        facts = self.client.facts()
+        dropped = facts["dropped"]
+        decoding = [f"{name} {'left to the server' if name in dropped else 0}" for name in ("temperature", "seed")]
+        if "max_tokens" in dropped:
+            decoding.append("max_completion_tokens in place of max_tokens")
+        return {"kind": "openai", "decoding": ", ".join([*decoding, "no repetition penalty"]), **facts}
+
+    def _answer(self, ask: Ask) -> Answer:
+        try:
+            message = {"role": "user", "content": _parts(ask.content)}
+            reply = self.client.ask([message], ask.new_tokens or NEW_TOKENS)
+        except ImageError as error:
+            return Answer(ask.id, error=str(error))
+        except ChatError as error:
+            return Answer(ask.id, error=str(error), passing=error.passing)
+        content = [{"type": "text", "text": reply.text}] if reply.text else []
+        try:
+            for i, data in enumerate(reply.pictures):
+                pixels = decode(data, f"picture {i} of the reply", packed=True).pixels
+                content.append({"type": "image", "pixels": pixels})
+        except ImageError as error:
+            return Answer(ask.id, content, error=str(error))
+        return Answer(ask.id, content)
+
+
+def image_url(path: str | os.PathLike, max_side: int = MAX_SIDE) -> str:
+    """An image file as a data: URL; ImageError for what cannot be decoded whole.
+
+    Still JPEG, PNG, WebP and GIF files of 8-bit grey or RGB go as they are; all else (TIFF, BMP, DICOM, CMYK, 16 bits,
+    animations) goes as PNG, 16-bit grey levels scaled. max_side: pixels of the longer side; larger images are scaled
+    down to it by Pillow's LANCZOS and go as PNG too.
+    """
+    data = read_file(path)
+    picture = decode(data, str(path), depth16="scale", packed=True)
+    mime = _mime(data, picture) if max(picture.size) <= max_side else None
+    if mime is None:
+        mime, data = "image/png", _png(picture, max_side)
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def _mime(data: bytes, picture: Picture) -> str | None:
+    """The media type of a file that any server can be expected to read, None for others."""
+    from PIL import Image, UnidentifiedImageError
+
+    if set(picture.notes) & {"frames", "depth16"}:
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=list(_MIME)) as image:
+            # Pillow makes 8 bits of 16-bit colour in PNG without a word; its depth is byte 24 of the file.
+            deep = image.format == "PNG" and data[24] > 8
+            return _MIME[image.format] if image.mode in _MODES and not deep else None
+    except UnidentifiedImageError:
+        return None
+
+
+def _png(picture: Picture, max_side: int) -> bytes:
+    from PIL import Image
+
+    image = Image.fromarray(picture.pixels)
+    longest = max(image.size)
+    if longest > max_side:
+        size = [max(1, round(side * max_side / longest)) for side in image.size]
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _parts(content: Content) -> str | list[dict]:
+    """Content pieces in the protocol's form; a plain string where there is no picture, which every server takes."""
+    if all(piece["type"] == "text" for piece in content):
+        return "".join(piece["text"] for piece in content)
+    return [
+        {"type": "text", "text": piece["text"]}
+        if piece["type"] == "text"
+        else {"type": "image_url", "image_url": {"url": image_url(piece["path"])}}
+        for piece in content
+    ]

@@ -1,0 +1,98 @@
+"""How far two sets of pictures lie apart: FID and KID by torchmetrics, on a dual encoder's features or Inception's.
+
+Features are computed once and then handed to both measures in float64. The features of a few hundred pictures do not
+span their space, so FID is biased upwards and compares only with an FID of as many pictures; KID has no such bias.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from medmax_fast.eval.similarity import Encoder, Picture, exact_fp32, read_pictures
+from medmax_fast.runtime import InputError, progress
+
+# KID: pictures per subset (as many as the published task has), and the seed that draws the subsets.
+KID_SUBSET = 100
+KID_SEED = 0
+
+
+def distances(real: Sequence[Picture], drawn: Sequence[Picture], features: str, encoder: Encoder | None) -> dict | None:
+    """FID and KID between two sets of pictures; None with fewer than 2 readable pictures on a side.
+
+    features: `clip`, the encoder's embeddings, normalised as `images` gives them (FID is then about 4 at most), or
+    `inception`, the 2048 pooled features of the Inception v3 that published FIDs use, for which encoder only names the
+    device. Pictures that cannot be read are left out. For the result see `feature_distances`.
+    """
+    assert features in ("clip", "inception"), features
+    if features == "clip":
+        (real_ND, _), (drawn_ND, _) = encoder.images(real), encoder.images(drawn)
+        real_ND, drawn_ND = (x[~np.isnan(x).any(-1)] for x in (real_ND, drawn_ND))
+    else:
+        network = _inception().to(encoder.device if encoder else "cpu")
+        real_ND, drawn_ND = _inception_features(network, real), _inception_features(network, drawn)
+    found = feature_distances(real_ND, drawn_ND)
+    return found and {"features": features, **found}
+
+
+def feature_distances(real_ND: np.ndarray, drawn_ND: np.ndarray) -> dict | None:
+    """FID and KID by torchmetrics from features [N, D], in float64: fid, kid, kid_std, n_real, n_drawn.
+
+    KID is the mean over 100 random subsets of min(100, N) a side, without repeats within a subset; where both sides
+    have just that many the subsets are all the same and kid_std is 0. None with fewer than 2 rows on a side.
+    """
+    import torch
+
+    fid_metric, kid_metric = _metrics()
+    fewest = min(len(real_ND), len(drawn_ND))
+    if fewest < 2:
+        return None
+    # To torchmetrics a "picture" is whatever its feature module takes: here the features, which pass through.
+    through = torch.nn.Identity()
+    through.num_features = real_ND.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")
+        metrics = fid_metric(feature=through), kid_metric(feature=through, subset_size=min(KID_SUBSET, fewest))
+    for metric in metrics:
+        metric.update(torch.from_numpy(np.asarray(real_ND, np.float64)), real=True)
+        metric.update(torch.from_numpy(np.asarray(drawn_ND, np.float64)), real=False)
+    # KID draws from the CPU's global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(KID_SEED)
+        fid, (kid, kid_std) = (metric.compute() for metric in metrics)
+    scores = {"fid": fid.item(), "kid": kid.item(), "kid_std": kid_std.item()}
+    return {**scores, "n_real": len(real_ND), "n_drawn": len(drawn_ND)}
+
+
+def _metrics() -> tuple[type, type]:
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise InputError(f"FID needs torchmetrics ({error}): pip install 'medmax_fast[eval]'") from error
+    return FrechetInceptionDistance, KernelInceptionDistance
+
+
+def _inception():
+    fid_metric = _metrics()[0]
+    try:
+        return fid_metric(feature=2048).inception
+    except ImportError as error:
+        what = f"FID on Inception features needs torch-fidelity ({error}): pip install torch-fidelity"
+        raise InputError(what) from error
+    except OSError as error:
+        raise InputError(f"FID on Inception features: its weights cannot be fetched ({error})") from error
+
+
+def _inception_features(network, pictures: Sequence[Picture]) -> np.ndarray:
+    import torch
+
+    device = next(network.parameters()).device
+    rows = [np.zeros((0, 2048), np.float32)]
+    # One at a time, for they differ in size; the network resizes them itself.
+    for picture in progress(pictures, "Inception features"):
+        for pixels in read_pictures([picture])[0]:
+            with torch.inference_mode(), exact_fp32(device):
+                images = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(device)
+                rows.append(network(images).float().cpu().numpy())
+    return np.concatenate(rows)

@@ -1,0 +1,156 @@
+"""From flags to who takes part in an evaluation: the model that answers, the judge, and the image-text encoder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmax_fast.config import PROTOCOLS, EvalConfig
+from medmax_fast.eval.backends.openai import NEW_TOKENS, OpenAIBackend
+from medmax_fast.eval.backends.protocol import Ask, Backend
+from medmax_fast.eval.judge import Judge, load_prompts
+from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
+from medmax_fast.eval.servers.spending import Meter, price_of
+from medmax_fast.eval.similarity import available
+from medmax_fast.runtime import InputError, comma_list, hash_folder, pick_device, pick_dtype, require_at_least
+
+OPENAI = "https://api.openai.com/v1"
+# Environment variables that hold keys, the first that is set.
+KEYS = ("OPENAI_API_KEY",)
+JUDGE_KEYS = ("MEDMAX_JUDGE_API_KEY", "OPENAI_API_KEY")
+# Requests and replies of servers, kept in the run's folder.
+REPLIES = "replies"
+# What one image is reckoned to cost at a server, in ids; servers differ.
+SERVER_IMAGE_IDS = 1000
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Connections that cost nothing until they are used: the model's, the judge's, and what both have cost so far."""
+
+    backend: OpenAIBackend | None
+    judge: Judge | None
+    meter: Meter
+    prices: tuple[float, float] | None
+    judge_prices: tuple[float, float] | None
+
+
+def check_flags(config: EvalConfig, backend: Backend | None) -> None:
+    """InputError for flags that go with nothing, before any file is read."""
+    if config.protocol not in PROTOCOLS:
+        raise InputError(f"--protocol {config.protocol}: expected {' or '.join(PROTOCOLS)}")
+    require_at_least(config, 1, "batch_size", "batch_tokens", "concurrency")
+    require_at_least(config, 0, "max_new_tokens", "limit", "budget")
+    if config.backend == "native" and backend is None and not config.ckpt:
+        raise InputError("--ckpt: missing, needed with --backend native")
+    if config.backend != "native" and not config.model:
+        raise InputError(f"--model: missing, needed with --backend {config.backend}")
+    if config.backend != "native" and config.ckpt:
+        raise InputError(f"--ckpt goes with --backend native; with --backend {config.backend} give --model")
+    if config.fid == "clip" and encoder_name(config) == "none":
+        raise InputError("--fid clip: there is no image-text encoder, give one with --clip")
+
+
+def encoder_name(config: EvalConfig) -> str:
+    """The image-text encoder that --clip means on this machine, or `none`."""
+    if config.clip == "auto":
+        return "none" if available() else "biomedclip"
+    return config.clip
+
+
+def lacking(config: EvalConfig, backend: Backend | None) -> dict[str, str]:
+    """Kind of task -> why this run cannot do it."""
+    draws = backend.draws if backend else {"native": True, "hf": False, "openai": None}[config.backend]
+    named = any(task.startswith("image_generation_") for task in comma_list(config.tasks))
+    if draws is False:
+        return {"drawing": f"the model of --backend {config.backend} does not draw"}
+    if draws is None and not named:
+        return {"drawing": "few servers draw; name the tasks in --tasks to ask for pictures all the same"}
+    if encoder_name(config) == "none" and config.fid == "none":
+        reason = available() if config.clip == "auto" else "--clip none"
+        return {"drawing": f"there is no image-text encoder to compare pictures with ({reason})"}
+    return {}
+
+
+def prompt_form(config: EvalConfig) -> str:
+    """The form of questions that --prompt-form means with this backend."""
+    if config.prompt_form == "auto":
+        return "tuned" if config.backend == "native" else "chat"
+    return config.prompt_form
+
+
+def open_servers(config: EvalConfig, cache: Path) -> Servers:
+    """Clients of the servers that the flags name; nothing is sent yet. cache: folder for what they reply."""
+    meter = Meter(config.budget)
+    backend = judge = prices = judge_prices = None
+    if config.backend == "openai":
+        prices = price_of(config.model, config.price, "--price")
+        client = ChatClient(
+            _url(config.api_url),
+            config.model,
+            key_from_environment(*KEYS),
+            cache=cache,
+            prices=prices,
+            meter=meter,
+            flag="--api-url",
+        )
+        backend = OpenAIBackend(client, config.concurrency)
+    if config.judge == "openai":
+        judge_prices = price_of(config.judge_model, config.judge_price, "--judge-price")
+        client = ChatClient(
+            _url(config.judge_url),
+            config.judge_model,
+            key_from_environment(*JUDGE_KEYS),
+            cache=cache,
+            prices=judge_prices,
+            meter=meter,
+            flag="--judge-url",
+        )
+        judge = Judge(client, load_prompts(config.judge_prompts), config.concurrency)
+    return Servers(backend, judge, meter, prices, judge_prices)
+
+
+def _url(flag: str) -> str:
+    return flag or os.environ.get("OPENAI_BASE_URL") or OPENAI
+
+
+def open_backend(config: EvalConfig, servers: Servers) -> Backend:
+    """The model, loaded; InputError names what is wrong with it."""
+    if servers.backend:
+        return servers.backend
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        import torch
+
+        # Kernels and graphs run on the current device.
+        torch.cuda.set_device(device)
+    if config.backend == "hf":
+        from medmax_fast.eval.backends.hf import HFBackend
+
+        return HFBackend.from_pretrained(config.model, device, pick_dtype(config.precision, device))
+    from medmax_fast.eval.backends.native import NativeBackend
+
+    return NativeBackend.load(config.ckpt, config.vqgan, config.device, config.precision)
+
+
+def model_hash(config: EvalConfig) -> str | None:
+    """SHA-256 of the names and contents of a model folder's files; None for a model of a hub or a server."""
+    name = config.ckpt or config.model
+    if not name or config.backend == "openai":
+        return None
+    if Path(name).is_dir():
+        return hash_folder(name)
+    if config.backend == "native":
+        raise InputError(f"--ckpt {name}: no such folder")
+    return None
+
+
+def estimate_asks(asks: list[Ask], prices: tuple[float, float] | None) -> dict:
+    """What asking a server takes: {"calls", "prompt_tokens", "completion_tokens", "usd" (None without prices)}.
+
+    Four characters an id, SERVER_IMAGE_IDS an image, and answers as long as they may be.
+    """
+    pieces = [piece for ask in asks for piece in ask.content]
+    prompt = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else SERVER_IMAGE_IDS for p in pieces)
+    completion = sum(ask.new_tokens or NEW_TOKENS for ask in asks)
+    usd = (prompt * prices[0] + completion * prices[1]) / 1e6 if prices else None
+    return {"calls": len(asks), "prompt_tokens": prompt, "completion_tokens": completion, "usd": usd}

@@ -1,0 +1,154 @@
+"""The figures of results.json, computed from the samples alone: per task, per source and domain, and on average.
+
+A mean's error takes the questions about one image together, since their answers are not independent. `stderr` is the
+published one, which takes every question for itself.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from medmax_fast.config import PROTOCOLS
+from medmax_fast.eval.published import PUBLISHED
+from medmax_fast.eval.statistics import Z95, estimate, plain_mean
+from medmax_fast.eval.text_metrics import mean_metrics
+
+STATUSES = ("answered", "unparsed", "failed", "unjudged")
+
+
+def summarize(samples: list[dict], protocol: str) -> dict:
+    """The figures of samples in the order of the data; everything under `tasks` and `groups` is by `protocol`.
+
+    `average` is the published one: the plain mean of the accuracy tasks, whatever their number of questions; its
+    interval is normal, from an error that takes images together across tasks.
+    """
+    by_task = _grouped(samples, lambda sample: [sample["task"]])
+    tasks = {task_id: task_result(group, protocol) for task_id, group in by_task.items()}
+    counted = [task_id for task_id, task in tasks.items() if task.get("accuracy") is not None]
+    averages = {}
+    for name in PROTOCOLS:
+        values = [tasks[task_id]["by_protocol"][name] for task_id in counted]
+        averages[name] = plain_mean(values) if values and None not in values else None
+    error = _average_error([by_task[task_id] for task_id in counted], protocol)
+    average = averages[protocol]
+    return {
+        "protocol": protocol,
+        "unit": "fraction",
+        "average": average,
+        "average_tasks": len(counted),
+        "average_stderr": error,
+        "average_ci95": None if error is None else [max(average - Z95 * error, 0.0), min(average + Z95 * error, 1.0)],
+        "average_by_protocol": averages,
+        "n": len(samples),
+        "coverage": _coverage(samples),
+        "tasks": tasks,
+        "groups": _groups(samples, protocol),
+    }
+
+
+def task_result(samples: list[dict], protocol: str) -> dict:
+    """The figures of one task; those of `protocol`, and the mean under each protocol."""
+    metric = samples[0]["metric"]
+    found = figure(samples, protocol, lambda sample: sample["scores"], metric == "accuracy")
+    result = {"metric": metric, metric: found.pop("value"), **found, "coverage": _coverage(samples)}
+    worded = [sample for sample in samples if sample["text_metrics"] is not None]
+    if worded:
+        references = [sample["reference"] for sample in worded]
+        outputs = [sample["output"] for sample in worded]
+        result["text_metrics"] = mean_metrics([sample["text_metrics"] for sample in worded], outputs, references)
+    pictured = [sample for sample in samples if sample["image_similarity"] is not None]
+    if pictured:
+        result["image_similarity"] = figure(pictured, protocol, lambda sample: sample["image_similarity"], False)
+    return result
+
+
+def figure(samples: list[dict], protocol: str, scores, binary: bool) -> dict:
+    """A mean with its errors and interval; scores(sample) is the score under each protocol, None where left out."""
+    values = {name: [scores(s)[name] for s in samples if scores(s)[name] is not None] for name in PROTOCOLS}
+    clusters = [sample["cluster"] for sample in samples if scores(sample)[protocol] is not None]
+    found = estimate(values[protocol], clusters, binary)
+    return {
+        "value": found and found.mean,
+        "stderr": found and found.stderr,
+        "stderr_clustered": found and found.stderr_clustered,
+        "n": len(samples),
+        "counted": len(clusters),
+        "images": len(set(clusters)),
+        "ci95": [found.low, found.high] if found and found.low is not None else None,
+        "ci_method": found and found.method,
+        "by_protocol": {name: math.fsum(v) / len(v) if v else None for name, v in values.items()},
+    }
+
+
+def _groups(samples: list[dict], protocol: str) -> dict:
+    """Accuracy by source, and relative scores of chats by domain."""
+    kinds = {
+        "source": ("accuracy", lambda sample: [sample["source"]]),
+        "domain": ("relative_score", lambda sample: sample["domains"]),
+    }
+    groups = {}
+    for name, (metric, keys) in kinds.items():
+        groups[name] = {}
+        scored = [sample for sample in samples if sample["metric"] == metric]
+        for key, members in _grouped(scored, keys).items():
+            found = figure(members, protocol, lambda sample: sample["scores"], metric == "accuracy")
+            if found["value"] is not None:
+                kept = {k: found[k] for k in ("n", "counted", "stderr_clustered", "ci95")}
+                groups[name][key] = {"metric": metric, metric: found["value"], **kept}
+    return groups
+
+
+def _grouped(samples: Iterable[dict], keys) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for sample in samples:
+        for key in keys(sample):
+            groups.setdefault(key, []).append(sample)
+    return groups
+
+
+def _average_error(groups: list[list[dict]], protocol: str) -> float | None:
+    """Standard error of the plain mean of several tasks' means; what an image adds to each of them goes together."""
+    shares: dict[str, float] = {}
+    for group in groups:
+        kept = [(sample["cluster"], sample["scores"][protocol]) for sample in group]
+        kept = [(cluster, value) for cluster, value in kept if value is not None]
+        mean = math.fsum(value for _, value in kept) / len(kept)
+        for cluster, value in kept:
+            shares[cluster] = shares.get(cluster, 0.0) + (value - mean) / len(kept) / len(groups)
+    if len(shares) < 2:
+        return None
+    return math.sqrt(len(shares) / (len(shares) - 1) * float(np.square(list(shares.values())).sum()))
+
+
+def _coverage(samples: list[dict]) -> dict[str, int]:
+    return {status: sum(sample["status"] == status for sample in samples) for status in STATUSES}
+
+
+def summary_table(results: dict) -> list[dict]:
+    """One row per task for people, accuracies and relative scores in percent, with MedMax-7B's published accuracy."""
+    published = PUBLISHED["MedMax-7B"]["tasks"]
+    rows = []
+    for task_id, task in results["tasks"].items():
+        shown = _plain if task["metric"] == "similarity" else _percent
+        rows.append(
+            {
+                "task": task_id,
+                "n": task["n"],
+                "metric": task["metric"],
+                "value": shown(task[task["metric"]]),
+                "95 % interval": "-".join(map(shown, task["ci95"])) if task["ci95"] else "",
+                **{name: shown(task["by_protocol"][name]) for name in PROTOCOLS},
+                **{status: task["coverage"][status] for status in STATUSES[1:]},
+                "MedMax-7B published": _percent(published[task_id] / 100) if task_id in published else "",
+            }
+        )
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
