@@ -63,7 +63,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup
-	for name in images precision vq build packing collate train train_kernels checkpoint generate; do PYTHONPATH=. $(RUN) -m benchmarks.bench_$$name || exit 1; done
+	for name in images precision vq build packing collate train train_kernels checkpoint generate eval; do PYTHONPATH=. $(RUN) -m benchmarks.bench_$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output

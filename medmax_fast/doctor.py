@@ -8,6 +8,8 @@ from importlib import metadata
 from medmax_fast.config import DoctorConfig
 from medmax_fast.runtime import versions
 
+_EVAL = "pip install 'medmax_fast[eval]'"
+
 
 def doctor(config: DoctorConfig) -> dict:
     """A table of paths (name, active, what is used, why or what to install), and the versions they rest on."""
@@ -15,6 +17,7 @@ def doctor(config: DoctorConfig) -> dict:
 
     from medmax_fast._csrc import has_avx2
     from medmax_fast.data import dali
+    from medmax_fast.eval import similarity, text_metrics
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -35,6 +38,10 @@ def doctor(config: DoctorConfig) -> dict:
             ),
             _path("captured decode steps", device.type == "cuda", "CUDA graphs", "no GPU: steps run as they are"),
             _path("8-bit weights", _has("torchao"), "torchao", "pip install 'medmax_fast[quant]'"),
+            _path("servers and judges", _has("httpx"), "httpx", _EVAL),
+            _path("BiomedCLIP similarities", not similarity.available(), "open_clip", _clip()),
+            _path("BLEU and ROUGE", not text_metrics.missing(), "sacrebleu, rouge-score", _EVAL),
+            _path("FID and KID", _has("torchmetrics"), "torchmetrics", _EVAL),
             _self_test(device),
         ],
         "versions": versions(),
@@ -55,6 +62,13 @@ def _has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _clip() -> str:
+    """Why there is no BiomedCLIP, and what serves in its place."""
+    from medmax_fast.eval import similarity
+
+    return f"{similarity.available()}; --clip takes CLIP and SigLIP models of transformers"
 
 
 def _attention(device) -> dict:

@@ -47,6 +47,7 @@ def versions() -> dict[str, str]:
     """Versions of this package and of what its results depend on, without importing any of it."""
     names = ("medmax_fast", "torch", "triton", "transformers", "tokenizers", "deepspeed", "peft", "torchao", "numpy")
     names += ("pillow", "nvidia-nvimgcodec-cu13", "pydicom")
+    names += ("open_clip_torch", "httpx", "sacrebleu", "rouge_score", "torchmetrics")
     found = {"python": sys.version.split()[0]}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -29,7 +29,7 @@ ALLOWED = {
     "eval": {"eval", "generate", "data", "model", "page", "pictures", "figures"},
     "inspection": {"data", "model", "figures"},
     "report": {"eval", "data", "page", "pictures", "figures", "inspection"},
-    "doctor": {"data", "model", "kernels", "_csrc"},
+    "doctor": {"eval", "data", "model", "kernels", "_csrc"},
 }
 BASE = {"vocab", "config", "runtime"}
 # Imported in one place each, where they are used.

@@ -200,7 +200,7 @@ class EvalRun:
             return self.servers.judge.verdicts(cases, lambda: bar.update(bar.done + 1))
 
     def _compare(self, answers: dict[str, Given]):
-        if self.encoder_name == "none":
+        if self.encoder is None:
             return None
         return similarities(self.data.questions, answers, self.folder, self.encoder)
 
