@@ -264,7 +264,7 @@ class EvalConfig:
         "native", "what answers: our engine, a Hugging Face model, or a server", ("native", "hf", "openai")
     )
     model: str = option("", "with --backend hf: folder or hub name; with openai: the server's name of the model")
-    api_url: str = option("", "server of --backend openai (default: OPENAI_BASE_URL, else OpenAI's)")
+    api_url: str = option("", "server of --backend openai (default: OPENAI_BASE_URL, or OpenAI); key: OPENAI_API_KEY")
     tasks: str = option("", "task ids such as vqa_rad_closed, comma-separated (default: all that the data holds)")
     limit: int = option(0, "questions per task (0: all)")
     protocol: str = option("medmax-v1", "scoring rules; both are computed, this one is put first", PROTOCOLS)
@@ -276,7 +276,10 @@ class EvalConfig:
     max_new_tokens: int = option(0, "bound of every answer in text (0: as published, per task)")
     judge: str = option("none", "what judges open answers (none: only compared word by word)", ("none", "openai"))
     judge_model: str = option("gpt-4o-mini-2024-07-18", "the judge; name a snapshot, so that it stays the same")
-    judge_url: str = option("", "server of the judge (default: OPENAI_BASE_URL, else OpenAI's)")
+    judge_url: str = option(
+        "",
+        "server of the judge (default: OPENAI_BASE_URL, or OpenAI); key: MEDMAX_JUDGE_API_KEY or OPENAI_API_KEY",
+    )
     judge_prompts: str = option("", "YAML or JSON file with other words for the judge: accuracy, relative")
     clip: str = option(
         "auto",
@@ -288,7 +291,7 @@ class EvalConfig:
         "FID and KID of generated pictures too, on features of --clip or of Inception",
         ("none", "clip", "inception"),
     )
-    budget: float = option(0.0, "US dollars that servers may cost (0: no limit)")
+    budget: float = option(0.0, "US dollars that servers may cost, what the run has cost before included (0: no limit)")
     price: str = option("", "of --model in dollars per million ids, IN,OUT (known for OpenAI's)")
     judge_price: str = option("", "of --judge-model, as --price")
     concurrency: int = option(8, "requests to a server at a time")

@@ -38,6 +38,12 @@ class TooManyRejected(Exception):
         self.result = result
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An error's message on one line, cut to `most` characters; its type where there is none."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= most else line[:most] + "..."
+
+
 def log(message: str) -> None:
     """One line on standard error."""
     print(message, file=sys.stderr, flush=True)

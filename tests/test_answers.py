@@ -58,18 +58,29 @@ def test_a_lost_or_invented_answer_is_our_mistake(answers):
 
 def test_errors_that_may_have_passed_are_asked_again(answers):
     publish_all(answers)
+    assert answers.to_ask_again() == {}
     down = Answer("e", error="server down", passing=True)
     broken = Answer("f", error="no image")
     answers.publish(2, {}, {}, [said("d", "kept"), down, broken])
-    assert answers.reopen() == 1 and answers.left() == [2]
+    again, digest = answers.to_ask_again(), answers.digest()
+    assert again == {2: answers.state(2)} and answers.left() == []
     kept = answers.kept(2)
-    assert set(kept) == {"d", "f"}
-    # Killed before the answer came: what was kept is still there.
-    assert Answers(answers._run, BATCHES).kept(2) == kept and answers.reopen() == 0
+    assert set(kept) == {"d", "f"} and set(answers.kept(0)) == {"a", "b"}
     answers.publish(2, {}, kept, [said("e", "now")])
     _, found = answers.read()
     assert (found["d"].text, found["e"].text, found["f"].error) == ("kept", "now", "no image")
-    assert answers.reopen() == 0 and answers.kept(2) == {}
+    assert answers.to_ask_again() == {} and answers.state(2) != again[2] and answers.digest() != digest
+    # The same answers, whenever they came, are the same files.
+    once = answers.digest()
+    answers.publish(2, {}, answers.kept(2), [])
+    assert answers.digest() == once
+
+
+def test_answers_of_two_models_are_not_one_run(answers):
+    for number, batch in enumerate(BATCHES):
+        answers.publish(number, {"kind": "hf", "revision": "ab"[number % 2]}, {}, map(said, batch))
+    with pytest.raises(InputError, match="answers by models of revision 'a' and 'b'; choose another --output"):
+        answers.read()
 
 
 def test_text_that_no_file_can_hold(answers):

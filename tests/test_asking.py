@@ -35,7 +35,9 @@ def test_other_forms(data):
     questions = {q.task.kind: q for q in data.questions}
     base = {kind: ask_of(q, "base") for kind, q in questions.items()}
     assert not any(ask.turn for ask in base.values())
-    assert texts(base["letter"]) == ["Question: Which? A: x B: y C: z D: w Answer with A, B, C or D.\nAnswer:"]
+    assert texts(base["letter"]) == [
+        "Look at the picture and answer with A, B, C or D.\nQuestion: Which? A: x B: y C: z D: w\nAnswer:"
+    ]
     assert "yes or no" in texts(base["yes_no"])[0] and base["yes_no"].new_tokens == 1
     assert texts(base["drawing"]) == ["Draw a chest."]
     chat = {kind: ask_of(q, "chat") for kind, q in questions.items()}
@@ -44,6 +46,22 @@ def test_other_forms(data):
     assert chat["open"].new_tokens == 60 and texts(chat["caption"]) == [CAPTION]
     bounded = {kind: ask_of(q, "tuned", 7).new_tokens for kind, q in questions.items()}
     assert bounded == {"yes_no": 1, "letter": 1, "open": 7, "caption": 7, "drawing": 0, "interleaved": 7, "chat": 7}
+
+
+def test_the_tag_of_an_image_is_its_place(tmp_path):
+    rows = [
+        ("slake", "closed", prompt, "yes", "images/a.png")
+        for prompt in ("<image>\nIs it?", "Is it?\n<image> ", "I <image> s")
+    ]
+    questions = load_questions(make_folder(tmp_path / "data", rows)).questions
+
+    def form(name):
+        asks = [ask_of(q, name) for q in questions]
+        return [[piece.get("text", "image") for piece in ask.content] for ask in asks]
+
+    assert form("tuned") == [["image", "Is it?"], ["Is it?", "image"], ["image", "I  s"]]
+    assert form("chat")[1] == ["Is it?\nAnswer with yes or no only.", "image"]
+    assert form("base")[1][0] == "image" and "<image>" not in form("base")[2][1]
 
 
 def test_the_hash_is_of_what_is_asked(data, tmp_path):

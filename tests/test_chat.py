@@ -19,7 +19,7 @@ from PIL import Image
 from medmax_fast.data.images import ImageError
 from medmax_fast.eval.backends.openai import NEW_TOKENS, OpenAIBackend, image_url
 from medmax_fast.eval.backends.protocol import Ask
-from medmax_fast.eval.servers.chat import ChatClient, ChatError, key_from_environment
+from medmax_fast.eval.servers.chat import SILENCE, ChatClient, ChatError, key_from_environment
 from medmax_fast.eval.servers.chat_reply import seconds_to_wait
 from medmax_fast.eval.servers.spending import BudgetSpent, Meter, price_of
 from medmax_fast.runtime import InputError
@@ -674,3 +674,58 @@ def test_a_wrong_key_ends_a_batch_at_once(tmp_path):
         with pytest.raises(InputError, match="refuses the API key"):
             OpenAIBackend(client_of(server.url, tmp_path), 8).answer(asks, 200)
         assert time.monotonic() - began < 10 and len(server.requests) < 60
+
+
+def test_a_refusal_in_the_middle_is_of_one_request():
+    """A server that has answered before may turn one request away, whatever status it finds for it."""
+
+    def answer(body):
+        status = {"forbid": 403, "lose": 404, "revoke": 401}.get(body["messages"][-1]["content"])
+        return (status, {"error": {"message": "not this one"}}) if status else "yes"
+
+    with serve(answer) as server:
+        client = ChatClient(server.url, "m", cache=None)
+        assert client.ask(user("hello"), 5).text == "yes"
+        for word, passing in (("forbid", False), ("lose", True), ("revoke", True)):
+            with pytest.raises(ChatError, match="not this one") as caught:
+                client.ask(user(word), 5)
+            assert caught.value.passing is passing
+        assert client.ask(user("hello again"), 5).text == "yes"
+
+
+def test_a_server_that_falls_silent_ends_the_run_in_time():
+    down = False
+    with serve(lambda body: (500, {"error": {"message": "down"}}) if down else "yes") as server:
+        client = ChatClient(server.url, "m", cache=None, tries=2, backoff=0.001)
+        client.ask(user("hello"), 5)
+        down = True
+        for i in range(SILENCE - 1):
+            with pytest.raises(ChatError) as caught:
+                client.ask(user(f"{i}"), 5)
+            assert caught.value.passing
+        with pytest.raises(InputError, match=f"--api-url .*: no answer after 2 tries, .*; so it went {SILENCE} times"):
+            client.ask(user("once more"), 5)
+        down = False
+        assert client.ask(user("back"), 5).text == "yes"
+        down = True
+        with pytest.raises(ChatError):
+            client.ask(user("counted from the start"), 5)
+
+
+def test_what_a_run_has_cost_is_counted_when_it_goes_on(tmp_path):
+    with serve(lambda body: "a b c") as server:
+        prices = (2e6, 1e6)
+        first = ChatClient(server.url, "m", cache=tmp_path, prices=prices)
+        replies = [first.ask(user(f"question {i}"), 5) for i in range(3)]
+    spent = first.meter.usd
+    assert spent == pytest.approx(sum(2 * r.prompt_tokens + r.completion_tokens for r in replies)) and spent > 0
+    later = Meter(spent + 1)
+    later.count_kept(tmp_path, {"m": prices, "another": (1.0, 1.0)})
+    assert later.usd == pytest.approx(spent)
+    poorer = Meter(spent / 2)
+    poorer.count_kept(tmp_path, {"m": prices})
+    with pytest.raises(BudgetSpent):
+        poorer.check()
+    unknown = Meter(1)
+    unknown.count_kept(tmp_path, {"m": None})
+    assert unknown.usd == 0

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from eval_folder import CHAT, make_folder
 from PIL import Image
+from tiny_clip import make_clip
 
 from medmax_fast.config import EvalConfig
 from medmax_fast.eval import run as eval_run
@@ -27,7 +29,7 @@ ROWS = [
     ("vqa_rad", "closed", "Is it enlarged?", "no", "images/b.png", " normal"),
     ("vqa_rad", "closed", "Is it normal?", "no", "images/a.png", " yes"),
     ("pmc_vqa", "mcq", "Which? A: x B: y C: z D: w", "B", "images/b.png", " B"),
-    ("pmc_vqa", "mcq", "What? A: x B: y C: z D: w", "C", "images/a.png", "c"),
+    ("pmc_vqa", "mcq", "What? A: x B: y C: z D: w", "A", "images/a.png", "a"),
     ("vqa_rad", "open", "What is shown?", "a lung", "images/a.png", "the lung"),
     ("image_captioning", "quilt", "", "A slide.", "images/b.png", "A slide."),
     ("mm_out", "pmc", "Draw it", "free text", "images/b.png", "text"),
@@ -73,8 +75,8 @@ class Scripted:
 @pytest.fixture()
 def config(tmp_path) -> EvalConfig:
     data = make_folder(tmp_path / "data", [row[:5] for row in ROWS])
-    # One image's questions are a batch.
-    return EvalConfig(data=str(data), output=str(tmp_path / "run"), clip="none", batch_tokens=1)
+    # Room for one image's questions: batches of several, of which there are several.
+    return EvalConfig(data=str(data), output=str(tmp_path / "run"), clip="none", batch_tokens=1700)
 
 
 def samples_of(config) -> list[dict]:
@@ -87,6 +89,11 @@ def results_of(config) -> dict:
 
 def files_of(config) -> dict[str, bytes]:
     return {name: (Path(config.output) / name).read_bytes() for name in ("samples.jsonl", "results.json")}
+
+
+def batch_sizes(config) -> list[int]:
+    files = sorted((Path(config.output) / "answers").glob("*.jsonl"))
+    return [len(path.read_text().splitlines()) - 1 for path in files]
 
 
 def test_results_by_hand(config):
@@ -105,6 +112,10 @@ def test_results_by_hand(config):
     assert saved["average_by_protocol"]["strict"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     # Shares of the mean: a has (1 - 2 * 2/3) / 6, b has 1/18; the letters are all right.
     assert saved["average_stderr"] == pytest.approx((2 * 2 / 18**2) ** 0.5)
+    # The two intervals put together, as neither task alone is more certain than its own.
+    ends = [task["ci95"] for task in (rad, pmc)]
+    below = ((2 / 3 - ends[0][0]) ** 2 + (1 - ends[1][0]) ** 2) ** 0.5 / 2
+    assert saved["average_ci95"] == pytest.approx([5 / 6 - below, min(5 / 6 + (ends[0][1] - 2 / 3) / 2, 1)])
     assert saved["protocol"] == "medmax-v1" and saved["unit"] == "fraction" and saved["n"] == 9
     # Without a judge and an encoder: compared word by word.
     opened = saved["tasks"]["vqa_rad_open"]
@@ -143,6 +154,7 @@ def test_questions_of_a_server_that_was_down_are_asked_again(config, tmp_path, c
     backend = Scripted()
     evaluate(config, backend)
     # Only these, not those of the same batches that were answered.
+    assert sum(batch_sizes(config)) == len(ROWS) and sorted(batch_sizes(config)) == [1, 3, 5]
     assert sorted(ask.content[-1]["text"] for ask in backend.asked) == ["Draw it", "Is it enlarged?"]
     assert files_of(config) == files_of(whole)
 
@@ -216,7 +228,7 @@ def test_ranks_share_the_work_and_give_the_same_files(config, tmp_path, world):
 def test_killed_at_any_moment_it_ends_the_same(config, tmp_path):
     alone = replace(config, output=str(tmp_path / "alone"))
     evaluate(alone, Scripted())
-    rng, kills, largest = np.random.default_rng(), 0, 5
+    rng, kills = np.random.default_rng(), 0
     while kills < 40:
         process = start(config, tmp_path)
         process.join(float(rng.uniform(0.02, 0.5)))
@@ -229,7 +241,9 @@ def test_killed_at_any_moment_it_ends_the_same(config, tmp_path):
     assert files_of(config) == files_of(alone), kills
     counts = {name: asked(tmp_path).count(name) for name in asked(tmp_path)}
     # Each kill costs at most the batch under way.
-    assert len(counts) == len(ROWS) and sum(counts.values()) <= len(ROWS) + largest * kills
+    sizes = batch_sizes(config)
+    assert len(sizes) > 2 and max(sizes) > 1
+    assert len(counts) == len(ROWS) and sum(counts.values()) <= len(ROWS) + max(sizes) * kills
 
 
 def test_a_killed_process_leaves_its_work_to_the_others(config, tmp_path):
@@ -241,6 +255,42 @@ def test_a_killed_process_leaves_its_work_to_the_others(config, tmp_path):
     victim.join()
     survivor.join(60)
     assert survivor.exitcode == 0 and files_of(config) == files_of(alone)
+
+
+def test_a_rank_that_starts_late_changes_nothing(config, tmp_path):
+    """The first rank is done with what a server had left when the second one begins."""
+    alone = replace(config, output=str(tmp_path / "alone"))
+    evaluate(alone, Scripted())
+    evaluate(config, Scripted(down=("Is it enlarged?",)))
+    for rank in (0, 1, 1):
+        process = start(config, tmp_path, rank, 2)
+        process.join(60)
+        assert process.exitcode == 0 and files_of(config) == files_of(alone)
+    assert asked(tmp_path) == ["vqa_rad_closed-00001"]
+
+
+def test_results_are_of_the_answers_that_are_there(config, tmp_path):
+    """Answers that changed, by whomever, are scored again; half a rescue leaves no stale figure behind."""
+    alone = replace(config, output=str(tmp_path / "alone"))
+    evaluate(alone, Scripted())
+    evaluate(config, Scripted(broken=("b.png",)))
+    wrong = files_of(config)
+    # As a message says that one may do.
+    for path in (Path(config.output) / "answers").glob("*.jsonl"):
+        path.unlink()
+    assert files_of(config) == wrong
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, Scripted(stop_at=1))
+    evaluate(config, Scripted())
+    assert files_of(config) == files_of(alone)
+
+
+def test_progress_is_shown_while_a_model_answers(config, monkeypatch):
+    shown = []
+    monkeypatch.setattr(eval_run.Progress, "update", lambda self, done, note=str: shown.append(done))
+    evaluate(config, Scripted())
+    sizes = batch_sizes(config)
+    assert shown == np.cumsum(sizes).tolist() and len(shown) > 2
 
 
 def test_other_settings_or_data_are_refused(config):
@@ -274,7 +324,7 @@ def test_what_a_run_cannot_do_is_said(config, tmp_path):
     assert result["skipped"]["image_generation_quilt"]["n"] == 1
     assert "does not draw" in result["skipped"]["image_generation_quilt"]["reason"]
     assert any("interleaved answers are text alone" in note for note in result["notes"])
-    with pytest.raises(InputError, match="--tasks image_generation_quilt: .* does not draw"):
+    with pytest.raises(InputError, match="--tasks image_generation_quilt: .*does not draw"):
         evaluate(replace(drawing, tasks="image_generation_quilt"), Scripted(draws=False))
     result = evaluate(replace(drawing, output=str(tmp_path / "e")), Scripted())
     assert "no image-text encoder" in result["skipped"]["image_generation_quilt"]["reason"]
@@ -305,7 +355,11 @@ def test_bad_flags(config, tmp_path):
     refused("--ckpt .*: no such folder", ckpt=str(tmp_path / "none"))
     refused("no such folder", Scripted(), data=str(tmp_path / "none"))
     assert not Path(config.output).exists()
+    with pytest.raises(InputError, match="--output .*: lies inside --ckpt, expected a folder of its own"):
+        evaluate(replace(config, ckpt=str(tmp_path)))
     for kind in ("hf", "openai"):
+        with pytest.raises(InputError, match=f"--prompt-form base: --backend {kind} asks in turns"):
+            evaluate(EvalConfig(config.data, config.output, backend=kind, model="m", prompt_form="base"))
         with pytest.raises(InputError, match=f"--model: missing, needed with --backend {kind}"):
             evaluate(EvalConfig(data=config.data, output=config.output, backend=kind))
         with pytest.raises(InputError, match=f"--ckpt goes with --backend native; with --backend {kind} give --model"):
@@ -316,7 +370,7 @@ def test_bad_data_is_named_before_a_model_is_looked_for(config, tmp_path):
     data = make_folder(tmp_path / "bad", [("vqa_rad", "closed", "Is it?", "perhaps", "images/a.png")])
     # The checkpoint exists but is none: reaching for it would be another error.
     with pytest.raises(InputError, match="row 0 .*: answer 'perhaps'"):
-        evaluate(replace(config, data=str(data), ckpt=str(tmp_path)))
+        evaluate(replace(config, data=str(data), ckpt=str(tmp_path / "bad")))
     assert not Path(config.output).exists()
 
 
@@ -353,6 +407,32 @@ def test_with_the_real_engine(real, tmp_path):
     evaluate(single)
     assert samples_of(single) == together
     assert results_of(single)["tasks"] == results_of(real)["tasks"]
+
+
+def test_a_checkpoint_without_a_picture_decoder_does_the_rest(real, hf, tmp_path, monkeypatch):
+    """It is known before weights are loaded, and the tasks are left out with a reason."""
+    rows = [json.loads(line) for line in (Path(real.data) / "test.jsonl").read_text().splitlines()]
+    drawing = {
+        "task_name": "image_generation",
+        "question_type": "quilt",
+        "prompt": "Draw",
+        "answer": "",
+        "image_path": "",
+    }
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "good.jpg").write_bytes((Path(real.data) / "good.jpg").read_bytes())
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[0], drawing)))
+    ckpt = tmp_path / "ckpt"
+    shutil.copytree(hf, ckpt)
+    (ckpt / "vqgan_decoder.safetensors").unlink()
+    folder = make_clip(tmp_path / "clip")
+    config = replace(real, data=str(data), ckpt=str(ckpt), output=str(tmp_path / "run"), clip=str(folder))
+    result = evaluate(config)
+    assert list(result["tasks"]) == ["slake_closed"] and result["backend"]["draws"] is False
+    assert "no VQGAN decoder" in result["skipped"]["image_generation_quilt"]["reason"]
+    with pytest.raises(InputError, match="--tasks image_generation_quilt: .* no VQGAN decoder"):
+        evaluate(replace(config, tasks="image_generation_quilt", output=str(tmp_path / "none")))
 
 
 def test_one_new_id_costs_no_decode_step(real, monkeypatch, tmp_path):

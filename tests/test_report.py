@@ -76,6 +76,7 @@ def sample(task: str, number: int, output: str, score: float | None, **more) -> 
     return {
         "id": f"{task}-{number:05d}",
         "task": task,
+        "metric": metric_of(task),
         "source": "s",
         "question": f"Question {number} <b>bold</b> | a pipe?",
         "answer": "gold",

@@ -61,7 +61,8 @@ def test_open(sample):
     check(sample("open", FAILED, True), WRONG, "failed")
     # Without a judge there is no accuracy at all.
     check(sample("open", Given("a lung")), NEITHER, "answered")
-    assert check(sample("open", FAILED), NEITHER, "failed")["text_metrics"] is None
+    # Words that were not said count as none.
+    assert check(sample("open", FAILED), NEITHER, "failed")["text_metrics"]["token_f1"] == 0
 
 
 def test_relative_scores_are_ratios(sample):
@@ -164,7 +165,7 @@ def test_who_is_compared_with_whom(tmp_path):
         broken: Given(pictures=("broken.png",)),
         mixed: Given("t", ("red.png",)),
     }
-    found = similarities(data.questions, answers, run, FixedEncoder())
-    # a.png is red, b.png blue. A drawing goes with the answer, or the prompt where there is none.
-    expected = {caption: 0.5**0.5, drawing: 1.0, prompted: 0.5**0.5}
+    found = similarities(data.questions, answers, {"data": data.folder, "run": run}, FixedEncoder())
+    # a.png is red, b.png blue. A drawing goes with its prompt, as published, whatever the answer says.
+    expected = {caption: 0.5**0.5, drawing: 0.0, prompted: 0.5**0.5}
     assert found.image_text == pytest.approx(expected) and found.image_image == pytest.approx({mixed: 0.0})

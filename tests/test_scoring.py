@@ -41,14 +41,31 @@ LETTER = [
     ("A", "A", True, True, "A"),
     ("B", " B\n", True, True, "B"),
     ("C", "A", False, False, "A"),
-    # Lower case counts as published, but a bare "a" is as likely an article.
+    # Lower case counts as published, but a bare "a" may be the beginning of "a mass".
     ("A", "a", True, False, None),
+    ("B", "b", True, True, "B"),
+    ("A", "(a)", False, True, "A"),
     # Anything around the letter makes it wrong as published.
     ("B", "B.", False, True, "B"),
     ("B", "(B)", False, True, "B"),
     ("B", "B) pneumonia", False, True, "B"),
     ("B", "B: pneumonia", False, True, "B"),
-    ("B", "The answer is B", False, False, None),
+    # Ways in which assistants answer.
+    ("B", "The answer is B", False, True, "B"),
+    ("B", "The correct answer is: (B) a rib", False, True, "B"),
+    ("B", "Answer: B", False, True, "B"),
+    ("B", "option B because it is", False, True, "B"),
+    ("B", "**B**", False, True, "B"),
+    ("B", "**Answer:** B", False, True, "B"),
+    ("B", '"B"', False, True, "B"),
+    ("B", "B, because", False, True, "B"),
+    ("B", "B\nPneumonia", False, True, "B"),
+    ("B", "B - pneumonia", False, True, "B"),
+    ("B", "B.Pneumonia", False, True, "B"),
+    ("B", "The answer is a B cell", False, False, None),
+    ("A", "A-level", False, False, None),
+    ("A", "The answer is A.5", False, False, None),
+    ("C", "Both B and C", False, False, None),
     ("A", "A patient", False, False, None),
     ("A", "AB", False, False, None),
     ("A", "A.5", False, False, None),
@@ -80,7 +97,7 @@ def test_strict_yes_no_is_exactly_one_whole_word(output, gold):
 def test_a_strict_letter_is_a_published_one_after_removing_marks(output):
     letter = parse_letter(output)
     if letter:
-        assert output.strip().lstrip("(")[0] == letter
+        assert output.strip().lstrip("(")[0].upper() == letter
     if output.strip() in ("A", "B", "C", "D"):
         assert letter == output.strip()
 

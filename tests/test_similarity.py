@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny_clip import CONTEXT, WORDS, make_clip, make_siglip, word_tokenizer
 
-from medmax_fast.eval.distances import KID_SUBSET, distances, feature_distances
+from medmax_fast.eval.distances import KID_SUBSET, distances, feature_distances, open_features
 from medmax_fast.eval.similarity import BATCH, available, cosine, open_encoder
 from medmax_fast.runtime import InputError
 
@@ -262,19 +262,20 @@ def test_kid_draws_the_same_subsets_and_leaves_the_generator_alone():
 
 def test_distances_between_pictures(encoder, tmp_path):
     real, drawn = [random_pixels() for _ in range(9)], [random_pixels() for _ in range(6)]
-    found = distances([*real, tmp_path / "missing.png"], drawn, "clip", encoder)
+    features = open_features("clip", encoder, torch.device("cpu"))
+    found = distances([*real, tmp_path / "missing.png"], drawn, features)
     assert (found["features"], found["n_real"], found["n_drawn"]) == ("clip", 9, 6)
     a, b = (encoder.images(side)[0].astype(np.float64) for side in (real, drawn))
     np.testing.assert_allclose(found["fid"], fid_ref(a, b), rtol=1e-3, atol=1e-6)
-    assert abs(distances(real, real, "clip", encoder)["fid"]) < 1e-6
-    assert distances(real, drawn[:1], "clip", encoder) is None
-    assert distances([], drawn, "clip", encoder) is None
+    assert abs(distances(real, real, features)["fid"]) < 1e-6
+    assert distances(real, drawn[:1], features) is None
+    assert distances([], drawn, features) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_without_torch_fidelity():
     with pytest.raises(InputError, match="pip install torch-fidelity"):
-        distances([random_pixels()] * 2, [random_pixels()] * 2, "inception", None)
+        open_features("inception", None, torch.device("cpu"))
 
 
 # ---- open_clip, where it is installed ----

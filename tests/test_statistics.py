@@ -391,6 +391,7 @@ def _row(task, number, score, image, strict=0.0):
     return {
         "id": f"{task}-{number}",
         "task": task,
+        "metric": "relative_score" if task.startswith("mm_out") else "accuracy",
         "scores": {"medmax-v1": score, "strict": strict},
         "cluster": image,
     }
@@ -402,12 +403,15 @@ def test_runs_are_compared_by_id_and_task():
         _row("b_open", 1, 1, "y"),
         _row("b_open", 2, None, "z"),
         _row("a_closed", 0, 0, "x"),
-        _row("mm_out_x", 0, 0.4, "x"),
+        _row("mm_out_open", 0, 0.4, "x"),
+        _row("b_open", 9, 1, "x"),
         _row("c_mcq", 0, None, "w"),
         _row("only_first_mcq", 0, 1, "w"),
     ]
     second = [
-        _row("mm_out_x", 0, 0.9, "x"),
+        _row("mm_out_open", 0, 0.9, "x"),
+        # The same id about another image is another question.
+        _row("b_open", 9, 0, "another"),
         _row("c_mcq", 0, 1, "w"),
         _row("a_closed", 0, 1, "x"),
         _row("b_open", 2, 1, "z"),
@@ -415,10 +419,10 @@ def test_runs_are_compared_by_id_and_task():
         _row("b_open", 0, 1, "x"),
     ]
     rows = {row["task"]: row for row in compare_runs(first, second, "medmax-v1")}
-    assert list(rows) == ["b_open", "a_closed", "mm_out_x", "mean of 2 tasks"]
+    assert list(rows) == ["b_open", "a_closed", "mm_out_open", "mean of 2 tasks"]
     assert list(rows["b_open"]) == ["task", "difference", "low", "high", "p_value", "n", "images"]
     assert (rows["b_open"]["difference"], rows["b_open"]["n"], rows["b_open"]["images"]) == (0.5, 2, 2)
-    assert rows["mm_out_x"]["difference"] == pytest.approx(0.5)
+    assert rows["mm_out_open"]["difference"] == pytest.approx(0.5)
     # Only image x differs anywhere: one unit, no evidence. (1/2 + 1) / 2, and an interval inside -1..1.
     mean = rows["mean of 2 tasks"]
     assert (mean["difference"], mean["p_value"], mean["n"], mean["images"]) == (0.75, 1, 3, 2)

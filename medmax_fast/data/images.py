@@ -21,7 +21,7 @@ from medmax_fast.data.dali import DaliDecoder, admits
 from medmax_fast.data.dicom import decode_dicom, is_dicom
 from medmax_fast.data.modes import ALPHA_MODES, DEPTH16_MODES, to_rgb
 from medmax_fast.data.resize import fit, resized_size
-from medmax_fast.runtime import InputError
+from medmax_fast.runtime import InputError, one_line
 
 # Only formats that are decoded in process: Pillow would hand EPS files to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG2000", "PPM", "AVIF")
@@ -103,7 +103,7 @@ def read_file(path: str | os.PathLike) -> bytes:
     except PermissionError as error:
         raise ImageError(name, "not allowed to read it") from error
     except (OSError, ValueError) as error:
-        raise ImageError(name, f"cannot be read ({_one_line(error)})") from error
+        raise ImageError(name, f"cannot be read ({one_line(error)})") from error
     if len(data) == MAX_BYTES:
         raise ImageError(name, f"{MAX_BYTES} bytes or more, expected an image file")
     return data
@@ -196,8 +196,4 @@ def _reason(data: bytes, error: BaseException) -> str:
         if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
             return "an HTML or XML page, not an image"
         return f"not an image, or cut off in its header (starts with {data[:16]!r})"
-    return f"broken image ({_one_line(error)})"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"broken image ({one_line(error)})"

@@ -1,10 +1,12 @@
 """The answers of a run on disk: one file per batch, complete as soon as it is there, whoever made it.
 
-A batch is a unit: its file and pictures are synced before the file gets its name, so that what `kill -9` costs is the
-batch under way. Batches do not depend on the processes that share them, nor therefore do their answers. Answers whose
-error may pass (a server was down) are asked for again by the next run; the others of their batch are kept.
+A batch is a unit: its pictures and its file are synced before the file gets its name, so that what `kill -9` costs is
+the batch under way. Batches do not depend on the processes that share them, nor therefore do their answers. Answers
+whose error may pass (a server was down) are asked for again by the next run, and the file is replaced; the others of
+their batch are kept.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,9 +17,11 @@ from medmax_fast.eval.backends.protocol import Answer
 from medmax_fast.eval.samples import Given
 from medmax_fast.generate.writer import picture_name
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import InputError, atomic_path
+from medmax_fast.runtime import InputError, atomic_path, hash_file
 
 PICTURES = "pictures"
+# Facts of a model that tell one from another.
+SAME = ("kind", "model", "revision", "architecture", "image_processor", "dtype")
 
 
 class Answers:
@@ -33,47 +37,58 @@ class Answers:
 
     def left(self) -> list[int]:
         """Batches without their file."""
-        return [number for number in range(len(self._batches)) if not self.is_done(number)]
+        return [number for number in range(len(self._batches)) if self.state(number) is None]
 
-    def is_done(self, number: int) -> bool:
-        return self._path(number).exists()
+    def state(self, number: int) -> tuple | None:
+        """What changes whenever a batch's file is replaced; None where there is none."""
+        try:
+            found = self._path(number).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def to_ask_again(self) -> dict[int, tuple]:
+        """Batches with errors that may have passed, and their states."""
+        batches = {}
+        for number in range(len(self._batches)):
+            state = self.state(number)
+            if state and any(row["passing"] for row in self._rows(number)[1].values()):
+                batches[number] = state
+        return batches
 
     def kept(self, number: int) -> dict[str, dict]:
-        """Rows of a batch that an earlier run has answered in part."""
-        path = self._partial(number)
-        return self._rows(number, path)[1] if path.exists() else {}
+        """Rows of a batch that need not be asked again; none where it has no file."""
+        if self.state(number) is None:
+            return {}
+        return {name: row for name, row in self._rows(number)[1].items() if not row["passing"]}
 
     def publish(self, number: int, facts: dict, kept: dict[str, dict], answers: Iterable[Answer]) -> None:
         """Save a whole batch: rows kept from before, and new answers. facts: of the backend that gave them."""
         rows = kept | {answer.id: self._row(answer) for answer in answers}
         assert rows.keys() == set(self._batches[number]), "the backend lost or invented answers"
         write_lines(self._path(number), [facts, *(rows[name] for name in self._batches[number])])
-        self._partial(number).unlink(missing_ok=True)
 
-    def reopen(self) -> int:
-        """Make batches with errors that may have passed unfinished again; returns how many questions will be asked."""
-        count = 0
-        for number in range(len(self._batches)):
-            path = self._path(number)
-            if not path.exists():
-                continue
-            facts, rows = self._rows(number, path)
-            good = [row for row in rows.values() if not row["passing"]]
-            if len(good) < len(rows):
-                count += len(rows) - len(good)
-                write_lines(self._partial(number), [facts, *good])
-                path.unlink(missing_ok=True)
-        return count
+    def digest(self) -> str:
+        """SHA-256 of the files of all batches, which are there."""
+        digests = [hash_file(self._path(number)) for number in range(len(self._batches))]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def read(self) -> tuple[dict, dict[str, Given]]:
-        """(facts of the backend, answers by question id) of all batches; lists in the facts are united."""
+        """(facts of the backend, answers by question id) of all batches; lists in the facts are united.
+
+        InputError where batches were answered by different models, as a file that is damaged.
+        """
         facts, found = {}, {}
         for number in range(len(self._batches)):
-            told, rows = self._rows(number, self._path(number))
+            told, rows = self._rows(number)
             for name, value in told.items():
                 united = facts.setdefault(name, value)
                 if isinstance(value, list):
                     facts[name] = sorted({*united, *value})
+                elif name in SAME and united != value:
+                    raise InputError(
+                        f"{self._folder}: answers by models of {name} {united!r} and {value!r}; choose another --output"
+                    )
             for row in rows.values():
                 pictures, ids = tuple(row["pictures"]), tuple(row["token_ids"])
                 found[row["id"]] = Given(row["text"], pictures, ids, row["error"], row["passing"])
@@ -85,30 +100,29 @@ class Answers:
         for number, pixels in enumerate(answer.pictures):
             names.append(f"{PICTURES}/{picture_name(answer.id, number)}")
             write_png(self._run / names[-1], pixels)
+            with open(self._run / names[-1], "rb") as file:
+                os.fsync(file.fileno())
         # What a server sends may hold halves of characters, which no file can.
         text = answer.text.encode("utf-8", "replace").decode()
         facts = {"token_ids": answer.token_ids, "error": answer.error, "passing": answer.passing}
         return {"id": answer.id, "text": text, "pictures": names, **facts}
 
-    def _rows(self, number: int, path: Path) -> tuple[dict, dict[str, dict]]:
+    def _rows(self, number: int) -> tuple[dict, dict[str, dict]]:
         """(facts, rows by question id) of a batch's file; InputError for one that is not as it was written."""
+        path, known, found = self._path(number), set(self._batches[number]), {}
         (_, facts), *rows = read_rows(path) if path.stat().st_size else [(0, {})]
-        known, found = set(self._batches[number]), {}
         for line, row in rows:
             if row.get("id") not in known or row["id"] in found:
                 raise InputError(f"{path}: line {line + 1}: id {row.get('id')!r} is unknown or given twice")
             if not {"text", "pictures", "token_ids", "error", "passing"} <= row.keys():
                 raise InputError(f"{path}: line {line + 1}: no answer, expected a line written by medmax eval")
             found[row["id"]] = row
-        if path == self._path(number) and len(found) < len(known):
+        if len(found) < len(known):
             raise InputError(f"{path}: {len(found)} answers, expected {len(known)}; delete it to ask again")
         return facts, found
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.jsonl"
-
-    def _partial(self, number: int) -> Path:
-        return self._folder / f"{number:05d}.part.jsonl"
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:

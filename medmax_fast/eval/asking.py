@@ -20,13 +20,19 @@ CAPTION = "Please describe this picture."
 DESCRIPTION = (
     "Give a comprehensive analysis of this picture: the kind of image, what it shows, and every finding that matters."
 )
-# kind of task -> what follows the question.
-_BASE = {"yes_no": " Answer with yes or no.", "letter": " Answer with A, B, C or D.", "open": " Answer briefly."}
+# kind of task -> what stands before the question, or behind it.
+_BASE = {
+    "yes_no": "Look at the picture and answer with yes or no.\n",
+    "letter": "Look at the picture and answer with A, B, C or D.\n",
+    "open": "Look at the picture and answer in a few words.\n",
+}
 _CHAT = {
     "yes_no": "\nAnswer with yes or no only.",
     "letter": "\nAnswer with the letter of the right choice only.",
     "open": "\nAnswer in a few words.",
 }
+# Where a question's text may name its picture.
+TAG = "<image>"
 # A chat model may put a word or a mark before its one-word answer.
 CHAT_WORD = 16
 
@@ -42,16 +48,19 @@ def ask_of(question: Question, form: str, most: int = 0) -> Ask:
         text = CAPTION
     elif question.task_id == "visual_chat_detailed_description":
         text = DESCRIPTION
-    new_tokens = task.new_tokens
+    # As published: the tag is taken out, and the picture comes first unless the question ends with it.
+    last = text.rstrip().endswith(TAG)
+    text, new_tokens = text.replace(TAG, "").strip(), task.new_tokens
     if form == "base" and task.mode == "text":
-        text = f"Question: {text}{_BASE.get(task.kind, '')}\nAnswer:"
+        text, last = f"{_BASE.get(task.kind, '')}Question: {text}\nAnswer:", False
     elif form == "chat":
         text += _CHAT.get(task.kind, "")
         new_tokens = CHAT_WORD if new_tokens == 1 else new_tokens
     if most and task.mode != "image":
         new_tokens = min(new_tokens or most, most)
-    picture = [{"type": "image", "path": str(question.path)}] if task.shows_image else []
-    content = [*picture, {"type": "text", "text": text}]
+    content = [{"type": "text", "text": text}]
+    if task.shows_image:
+        content.insert(int(last), {"type": "image", "path": str(question.path)})
     return Ask(question.id, content, task.mode, new_tokens, turn=form != "base")
 
 
@@ -59,7 +68,7 @@ def prompts_hash(data: EvalData, asks: Sequence[Ask]) -> str:
     """SHA-256 of everything that is asked, the names of image files apart, and of what it is compared with."""
     digest = hashlib.sha256()
     for question, ask in zip(data.questions, asks, strict=True):
-        texts = [piece["text"] for piece in ask.content if piece["type"] == "text"]
+        texts = [piece.get("text") for piece in ask.content]
         facts = [ask.id, texts, data.cluster(question), ask.mode, ask.new_tokens, ask.turn, question.answer]
         digest.update(json.dumps(facts).encode() + b"\n")
     return digest.hexdigest()

@@ -4,8 +4,9 @@ Features are computed once and then handed to both measures in float64. The feat
 span their space, so FID is biased upwards and compares only with an FID of as many pictures; KID has no such bias.
 """
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,22 +18,40 @@ KID_SUBSET = 100
 KID_SEED = 0
 
 
-def distances(real: Sequence[Picture], drawn: Sequence[Picture], features: str, encoder: Encoder | None) -> dict | None:
-    """FID and KID between two sets of pictures; None with fewer than 2 readable pictures on a side.
+class Features:
+    """From pictures to features, float32 [N, D] of those that can be read. kind: `clip` or `inception`."""
 
-    features: `clip`, the encoder's embeddings, normalised as `images` gives them (FID is then about 4 at most), or
-    `inception`, the 2048 pooled features of the Inception v3 that published FIDs use, for which encoder only names the
-    device. Pictures that cannot be read are left out. For the result see `feature_distances`.
+    def __init__(self, kind: str, compute: Callable[[Sequence[Picture]], np.ndarray]):
+        self.kind, self._compute = kind, compute
+
+    def __call__(self, pictures: Sequence[Picture]) -> np.ndarray:
+        return self._compute(pictures)
+
+
+def open_features(kind: str, encoder: Encoder | None, device) -> Features | None:
+    """What FID and KID are measured on; None for `none`. InputError for what is not installed or cannot be fetched.
+
+    kind: `clip`, the encoder's embeddings, normalised as `images` gives them (FID is then about 4 at most), or
+    `inception`, the 2048 pooled features of the Inception v3 that published FIDs use, on a torch.device.
     """
-    assert features in ("clip", "inception"), features
-    if features == "clip":
-        (real_ND, _), (drawn_ND, _) = encoder.images(real), encoder.images(drawn)
-        real_ND, drawn_ND = (x[~np.isnan(x).any(-1)] for x in (real_ND, drawn_ND))
-    else:
-        network = _inception().to(encoder.device if encoder else "cpu")
-        real_ND, drawn_ND = _inception_features(network, real), _inception_features(network, drawn)
-    found = feature_distances(real_ND, drawn_ND)
-    return found and {"features": features, **found}
+    if kind == "none":
+        return None
+    _metrics()
+    if kind == "inception":
+        return Features(kind, functools.partial(_inception_features, _inception().to(device)))
+    assert kind == "clip" and encoder, kind
+
+    def embed(pictures: Sequence[Picture]) -> np.ndarray:
+        rows, errors = encoder.images(pictures)
+        return rows[[error is None for error in errors]]
+
+    return Features(kind, embed)
+
+
+def distances(real: Sequence[Picture], drawn: Sequence[Picture], features: Features) -> dict | None:
+    """FID and KID between two sets of pictures, see `feature_distances`; None with fewer than 2 readable on a side."""
+    found = feature_distances(features(real), features(drawn))
+    return found and {"features": features.kind, **found}
 
 
 def feature_distances(real_ND: np.ndarray, drawn_ND: np.ndarray) -> dict | None:

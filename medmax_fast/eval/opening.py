@@ -19,6 +19,7 @@ KEYS = ("OPENAI_API_KEY",)
 JUDGE_KEYS = ("MEDMAX_JUDGE_API_KEY", "OPENAI_API_KEY")
 # Requests and replies of servers, kept in the run's folder.
 REPLIES = "replies"
+SERVER_BATCHES = 16
 # What one image is reckoned to cost at a server, in ids; servers differ.
 SERVER_IMAGE_IDS = 1000
 
@@ -46,6 +47,13 @@ def check_flags(config: EvalConfig, backend: Backend | None) -> None:
         raise InputError(f"--model: missing, needed with --backend {config.backend}")
     if config.backend != "native" and config.ckpt:
         raise InputError(f"--ckpt goes with --backend native; with --backend {config.backend} give --model")
+    if config.backend != "native" and config.prompt_form == "base":
+        raise InputError(f"--prompt-form base: --backend {config.backend} asks in turns, expected chat or tuned")
+    for flag in ("ckpt", "model"):
+        folder = getattr(config, flag)
+        if folder and Path(folder).is_dir() and Path(config.output).resolve().is_relative_to(Path(folder).resolve()):
+            # The run would change the hash of the model that it is about.
+            raise InputError(f"--output {config.output}: lies inside --{flag}, expected a folder of its own")
     if config.fid == "clip" and encoder_name(config) == "none":
         raise InputError("--fid clip: there is no image-text encoder, give one with --clip")
 
@@ -71,6 +79,20 @@ def lacking(config: EvalConfig, backend: Backend | None) -> dict[str, str]:
     return {}
 
 
+def can_draw(config: EvalConfig) -> bool:
+    """Whether our engine could decode what it draws, looked up before weights are loaded; True for other backends."""
+    if config.backend != "native":
+        return True
+    from medmax_fast.model.checkpoint import open_checkpoint
+
+    return open_checkpoint(config.ckpt, config.vqgan).draws
+
+
+def batch_budget(config: EvalConfig) -> int:
+    """Ids of a batch; servers get larger ones, whose slowest answer holds up fewer others: replies are kept anyway."""
+    return config.batch_tokens * (SERVER_BATCHES if config.backend == "openai" else 1)
+
+
 def prompt_form(config: EvalConfig) -> str:
     """The form of questions that --prompt-form means with this backend."""
     if config.prompt_form == "auto":
@@ -78,34 +100,30 @@ def prompt_form(config: EvalConfig) -> str:
     return config.prompt_form
 
 
+def precision_name(config: EvalConfig) -> str | None:
+    """The arithmetic that --precision means on this machine; None for a server's."""
+    if config.backend == "openai":
+        return None
+    return str(pick_dtype(config.precision, pick_device(config.device))).removeprefix("torch.")
+
+
 def open_servers(config: EvalConfig, cache: Path) -> Servers:
     """Clients of the servers that the flags name; nothing is sent yet. cache: folder for what they reply."""
     meter = Meter(config.budget)
-    backend = judge = prices = judge_prices = None
+    prices = price_of(config.model, config.price, "--price") if config.backend == "openai" else None
+    judge_prices = price_of(config.judge_model, config.judge_price, "--judge-price")
+    backend = judge = None
+    options = {"cache": cache, "meter": meter}
     if config.backend == "openai":
-        prices = price_of(config.model, config.price, "--price")
-        client = ChatClient(
-            _url(config.api_url),
-            config.model,
-            key_from_environment(*KEYS),
-            cache=cache,
-            prices=prices,
-            meter=meter,
-            flag="--api-url",
-        )
+        key = key_from_environment(*KEYS)
+        client = ChatClient(_url(config.api_url), config.model, key, prices=prices, flag="--api-url", **options)
         backend = OpenAIBackend(client, config.concurrency)
     if config.judge == "openai":
-        judge_prices = price_of(config.judge_model, config.judge_price, "--judge-price")
-        client = ChatClient(
-            _url(config.judge_url),
-            config.judge_model,
-            key_from_environment(*JUDGE_KEYS),
-            cache=cache,
-            prices=judge_prices,
-            meter=meter,
-            flag="--judge-url",
-        )
+        url, key = _url(config.judge_url), key_from_environment(*JUDGE_KEYS)
+        client = ChatClient(url, config.judge_model, key, prices=judge_prices, flag="--judge-url", **options)
         judge = Judge(client, load_prompts(config.judge_prompts), config.concurrency)
+    if config.budget:
+        meter.count_kept(cache, {config.model: prices, config.judge_model: judge_prices})
     return Servers(backend, judge, meter, prices, judge_prices)
 
 

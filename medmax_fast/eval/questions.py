@@ -137,8 +137,8 @@ def _question(row: dict, task: Task, identity: str, task_id: str, folder: Path) 
         return "empty prompt"
     if task.shows_image and not image:
         return "no image_path"
-    if image and not (folder / image).is_file():
-        return f"no image {image}"
+    if image and not _is_file(folder / image):
+        return f"no image {image[:200]}"
     gold = GOLD.get(task.kind)
     # Another case or stray blanks pass here; scoring.py says what each protocol makes of them.
     if gold and answer.strip().lower() not in [word.lower() for word in gold]:
@@ -155,6 +155,14 @@ def _question(row: dict, task: Task, identity: str, task_id: str, folder: Path) 
     return Question(
         identity, task_id, task, row["prompt"], answer, image, path, source, reference, context, tuple(domains)
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A name that no file can have, such as a whole sentence.
+        return False
 
 
 def _source(task: Task, question_type: str) -> str:
@@ -208,5 +216,8 @@ def _first(questions: list[Question], limit: int) -> list[Question]:
 
 def _hash_images(questions: list[Question]) -> dict[Path, str]:
     paths = sorted({question.path for question in questions if question.path})
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(paths, pool.map(hash_file, paths), strict=True))
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(paths, pool.map(hash_file, paths), strict=True))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error

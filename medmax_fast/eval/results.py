@@ -11,7 +11,7 @@ import numpy as np
 
 from medmax_fast.config import PROTOCOLS
 from medmax_fast.eval.published import PUBLISHED
-from medmax_fast.eval.statistics import Z95, estimate, plain_mean
+from medmax_fast.eval.statistics import estimate, plain_mean
 from medmax_fast.eval.text_metrics import mean_metrics
 
 STATUSES = ("answered", "unparsed", "failed", "unjudged")
@@ -20,8 +20,7 @@ STATUSES = ("answered", "unparsed", "failed", "unjudged")
 def summarize(samples: list[dict], protocol: str) -> dict:
     """The figures of samples in the order of the data; everything under `tasks` and `groups` is by `protocol`.
 
-    `average` is the published one: the plain mean of the accuracy tasks, whatever their number of questions; its
-    interval is normal, from an error that takes images together across tasks.
+    `average` is the published one: the plain mean of the accuracy tasks, whatever their number of questions.
     """
     by_task = _grouped(samples, lambda sample: [sample["task"]])
     tasks = {task_id: task_result(group, protocol) for task_id, group in by_task.items()}
@@ -31,14 +30,13 @@ def summarize(samples: list[dict], protocol: str) -> dict:
         values = [tasks[task_id]["by_protocol"][name] for task_id in counted]
         averages[name] = plain_mean(values) if values and None not in values else None
     error = _average_error([by_task[task_id] for task_id in counted], protocol)
-    average = averages[protocol]
     return {
         "protocol": protocol,
         "unit": "fraction",
-        "average": average,
+        "average": averages[protocol],
         "average_tasks": len(counted),
         "average_stderr": error,
-        "average_ci95": None if error is None else [max(average - Z95 * error, 0.0), min(average + Z95 * error, 1.0)],
+        "average_ci95": _average_interval([tasks[task_id] for task_id in counted], error),
         "average_by_protocol": averages,
         "n": len(samples),
         "coverage": _coverage(samples),
@@ -56,7 +54,8 @@ def task_result(samples: list[dict], protocol: str) -> dict:
     if worded:
         references = [sample["reference"] for sample in worded]
         outputs = [sample["output"] for sample in worded]
-        result["text_metrics"] = mean_metrics([sample["text_metrics"] for sample in worded], outputs, references)
+        means = mean_metrics([sample["text_metrics"] for sample in worded], outputs, references)
+        result["text_metrics"] = {**means, "n": len(worded)}
     pictured = [sample for sample in samples if sample["image_similarity"] is not None]
     if pictured:
         result["image_similarity"] = figure(pictured, protocol, lambda sample: sample["image_similarity"], False)
@@ -119,6 +118,20 @@ def _average_error(groups: list[list[dict]], protocol: str) -> float | None:
     if len(shares) < 2:
         return None
     return math.sqrt(len(shares) / (len(shares) - 1) * float(np.square(list(shares.values())).sum()))
+
+
+def _average_interval(tasks: list[dict], error: float | None) -> list[float] | None:
+    """Interval of the plain mean, from those of the tasks: MOVER (Donner and Zou, 2012), which keeps them where a task
+    is all right or all wrong, widened by what images that several tasks share add to the error of independent tasks.
+    """
+    if not tasks or any(task["ci95"] is None for task in tasks):
+        return None
+    means, count = [task["accuracy"] for task in tasks], len(tasks)
+    apart = math.sqrt(math.fsum((task["stderr_clustered"] or 0.0) ** 2 for task in tasks)) / count
+    wider = max(1.0, error / apart) if error and apart else 1.0
+    lows, highs = zip(*(task["ci95"] for task in tasks), strict=True)
+    below, above = (wider * math.dist(means, ends) / count for ends in (lows, highs))
+    return [max(plain_mean(means) - below, 0.0), min(plain_mean(means) + above, 1.0)]
 
 
 def _coverage(samples: list[dict]) -> dict[str, int]:

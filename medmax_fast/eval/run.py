@@ -2,9 +2,9 @@
 
 The data is checked before a model is loaded. Questions go to the model in batches, each of which is on disk before its
 process begins another (eval/answers.py); any number of processes, under torchrun, deepspeed or started by hand, share
-the batches of one folder by file locks. One of them then scores: similarities and verdicts come from the answers alone,
-samples.jsonl from these, and results.json from samples.jsonl, so the files do not depend on who did what, or how often
-it was interrupted.
+the batches of one folder by file locks. One of them then scores: verdicts and similarities come from the answers alone,
+samples.jsonl and results.json from all three, so the files do not depend on who did what, or how often it was
+interrupted. results.json names the answers that it was made from; where they have changed since, it is made again.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ from medmax_fast.config import EvalConfig, settings_of
 from medmax_fast.data.claims import Claims
 from medmax_fast.eval.answers import Answers, write_lines
 from medmax_fast.eval.asking import ask_of, batches, prompts_hash
-from medmax_fast.eval.backends.protocol import Answer, Backend
-from medmax_fast.eval.distances import distances
+from medmax_fast.eval.backends.protocol import Answer, Ask, Backend
+from medmax_fast.eval.distances import distances, open_features
 from medmax_fast.eval.judge import estimate
 from medmax_fast.eval.opening import (
     REPLIES,
+    batch_budget,
+    can_draw,
     check_flags,
     encoder_name,
     estimate_asks,
@@ -27,6 +29,7 @@ from medmax_fast.eval.opening import (
     model_hash,
     open_backend,
     open_servers,
+    precision_name,
     prompt_form,
 )
 from medmax_fast.eval.questions import EvalData, load_questions
@@ -60,7 +63,11 @@ def evaluate(config: EvalConfig, backend: Backend | None = None) -> dict:
     loaded; a question that gets no answer counts under `failed`, and the others go on.
     """
     check_flags(config, backend)
-    data = load_questions(config.data, config.tasks, config.limit, lacking(config, backend))
+    missing_parts = lacking(config, backend)
+    data = load_questions(config.data, config.tasks, config.limit, missing_parts)
+    if backend is None and any(q.task.kind == "drawing" for q in data.questions) and not can_draw(config):
+        reason = f"{config.ckpt} has no VQGAN decoder, so it cannot draw; --vqgan gives it one"
+        data = load_questions(config.data, config.tasks, config.limit, {**missing_parts, "drawing": reason})
     return EvalRun(config, data, backend).run()
 
 
@@ -78,88 +85,108 @@ class EvalRun:
             "checkpoint": model_hash(config),
         }
         self.servers = open_servers(config, Path(config.output) / REPLIES)
-        kinds = {question.task.kind for question in data.questions}
-        compared = self.encoder_name != "none" and kinds & {"caption", "drawing", "interleaved"}
-        # Opened before the model answers for hours only to find that there is no encoder.
-        self.encoder = open_encoder(self.encoder_name, pick_device(config.device)) if compared else None
+        self.encoder = None
         self.folder = open_output(config.output, "eval", self._settings())
-        self.batches = batches(data, self.asks, config.batch_tokens)
+        self.batches = batches(data, self.asks, batch_budget(config))
         self.answers = Answers(self.folder, [[data.questions[i].id for i in batch] for batch in self.batches])
 
     def run(self) -> dict:
         """Answer what is left, then score, or wait for the process that does."""
-        path = self.folder / RESULTS_FILE
-        again = self.answers.reopen()
-        if again:
-            log(f"eval: {again} questions got no answer the last time and are asked again")
-            path.unlink(missing_ok=True)
-        with Claims(self.answers.claims_path) as claims:
-            self._answer(claims)
-            # Not needed any more, and the encoder may want its memory.
-            self._backend = None
-            if rank_and_world()[0]:
-                # The first rank scores and reports.
-                return {}
-            while not claims.take(len(self.batches)):
-                time.sleep(_POLL_SECONDS)
-            results = read_json(path) if path.exists() else None
-            if results is None or results["coverage"]["unjudged"]:
-                results = self._score()
+        if rank_and_world()[0]:
+            # The first rank asks again, scores and reports.
+            with Claims(self.answers.claims_path) as claims:
+                self._answer(claims, {})
+            return {}
+        again = self.answers.to_ask_again()
+        results = None if again else self._finished()
+        if results is None:
+            # Opened before the model answers for hours only to find that there is no encoder.
+            self._open_measures()
+            with Claims(self.answers.claims_path) as claims:
+                self._answer(claims, again)
+                # Not needed any more, and the encoder may want its memory.
+                self._backend = None
+                while not claims.take(len(self.batches)):
+                    time.sleep(_POLL_SECONDS)
+                # Another process started by hand may have been faster.
+                results = self._finished() or self._score()
         usage = self.servers.meter.usage()
         cost = {"servers": usage} if usage["calls"] or usage["cached"] else {}
         return {"output": str(self.folder), **results, **cost, "summary": summary_table(results)}
 
+    def _finished(self) -> dict | None:
+        """results.json, if it is of the answers that are there and no verdict is missing."""
+        path = self.folder / RESULTS_FILE
+        if self.answers.left() or not path.exists() or not (self.folder / SAMPLES_FILE).exists():
+            return None
+        results = read_json(path)
+        whole = results["hashes"]["answers"] == self.answers.digest() and not results["coverage"]["unjudged"]
+        return results if whole else None
+
+    def _open_measures(self) -> None:
+        """The image-text encoder and what FID needs, where there are questions for them."""
+        kinds = {question.task.kind for question in self.data.questions}
+        device = pick_device(self.config.device)
+        if self.encoder_name != "none" and kinds & {"caption", "drawing", "interleaved"}:
+            self.encoder = open_encoder(self.encoder_name, device)
+        self._features = open_features(self.config.fid, self.encoder, device) if "drawing" in kinds else None
+
     # ---- answers ----
 
-    def _answer(self, claims: Claims) -> None:
-        """Claim and answer batches until all are done, by whomever."""
-        total = len(self.asks)
-        left = self.answers.left()
+    def _answer(self, claims: Claims, again: dict[int, tuple]) -> None:
+        """Claim and answer batches until all are done, by whomever; again: those to be replaced, with their states."""
+        left = self._left(again)
         if not left:
             return
-        done = total - sum(len(self.batches[number]) for number in left)
+        done = len(self.asks) - sum(len(self.batches[number]) for number in left)
         if done:
-            log(f"eval: {done} of {total} questions are already answered in {self.folder}")
+            log(f"eval: {done} of {len(self.asks)} questions are already answered in {self.folder}")
         # A wrong address or key is better known before a model has answered for hours.
         for asker in (self.servers.backend, self.servers.judge):
             if asker:
                 asker.client.check()
+        asks = [ask for number in left for ask in self._asks(number, self.answers.kept(number))]
+        if again:
+            log(f"eval: {len(again)} batches hold questions that a server left without an answer; they are asked again")
         if self.servers.backend:
-            asks = [self.asks[i] for number in left for i in self.batches[number]]
             self._announce("the questions", estimate_asks(asks, self.servers.prices))
-        with Progress("eval (questions)", total, done) as bar:
+        with Progress("eval (questions)", len(self.asks), done) as bar:
             while left:
-                if not sum([self._answer_batch(number, claims) for number in left]):
+                worked = False
+                for number in left:
+                    if self._answer_batch(number, claims, again):
+                        worked = True
+                        bar.update(len(self.asks) - sum(len(self.batches[n]) for n in self._left(again)))
+                if not worked:
                     # The rest is in other processes' hands; should one of them die, its claims become free.
                     time.sleep(_POLL_SECONDS)
-                left = self.answers.left()
-                bar.update(total - sum(len(self.batches[number]) for number in left))
+                left = self._left(again)
 
-    def _answer_batch(self, number: int, claims: Claims) -> bool:
+    def _left(self, again: dict[int, tuple]) -> list[int]:
+        """Batches that are not there, and those that are as they were when they were found to be asked again."""
+        return self.answers.left() + [n for n, state in again.items() if self.answers.state(n) == state]
+
+    def _asks(self, number: int, kept: dict) -> list[Ask]:
+        return [self.asks[i] for i in self.batches[number] if self.asks[i].id not in kept]
+
+    def _answer_batch(self, number: int, claims: Claims, again: dict[int, tuple]) -> bool:
         """Answer one batch if nobody else has it; whether it was done here."""
-        if self.answers.is_done(number) or not claims.take(number):
+        if not claims.take(number):
             return False
         try:
             # It may have been published between the look and the claim.
-            if self.answers.is_done(number):
+            if self.answers.state(number) not in (None, again.get(number)):
                 return False
             kept = self.answers.kept(number)
-            asks = [self.asks[i] for i in self.batches[number] if self.asks[i].id not in kept]
             if self._backend is None:
                 self._backend = open_backend(self.config, self.servers)
-                self._check_draws()
-            found = self._backend.answer(asks, self.config.batch_size)
+            found = self._backend.answer(self._asks(number, kept), self.config.batch_size)
             facts = _stable(self._backend.facts()) | {"draws": self._backend.draws}
             self.answers.publish(number, facts, kept, found)
             self._log_errors(found)
         finally:
             claims.give_back(number)
         return True
-
-    def _check_draws(self) -> None:
-        drawn = any(ask.mode == "image" for ask in self.asks)
-        if drawn and self._backend.draws is False:
-            raise InputError(f"{self.config.ckpt}: no VQGAN decoder, so it cannot draw; --vqgan gives it one")
 
     @staticmethod
     def _log_errors(answers: list[Answer]) -> None:
@@ -173,11 +200,13 @@ class EvalRun:
 
     def _score(self) -> dict:
         """samples.jsonl and results.json from the answers."""
+        digest = self.answers.digest()
         facts, answers = self.answers.read()
         measured = Measured(self._judge(answers), self._compare(answers))
         samples = [make_sample(question, self.data, answers[question.id], measured) for question in self.data.questions]
         results = {**summarize(samples, self.config.protocol), **self._facts(facts, measured)}
-        if self.config.fid != "none":
+        results["hashes"] = {**self.hashes, "answers": digest}
+        if self._features:
             for task_id, found in self._distances(answers).items():
                 results["tasks"][task_id]["fid"] = found
         passing = sum(answers[question.id].passing for question in self.data.questions)
@@ -202,7 +231,8 @@ class EvalRun:
     def _compare(self, answers: dict[str, Given]):
         if self.encoder is None:
             return None
-        return similarities(self.data.questions, answers, self.folder, self.encoder)
+        folders = {"data": self.data.folder, "run": self.folder}
+        return similarities(self.data.questions, answers, folders, self.encoder)
 
     def _distances(self, answers: dict[str, Given]) -> dict[str, dict]:
         """FID and KID per task of drawings, between the pictures drawn and the images of its rows."""
@@ -210,7 +240,7 @@ class EvalRun:
         for task_id in dict.fromkeys(q.task_id for q in self.data.questions if q.task.kind == "drawing"):
             rows = [q for q in self.data.questions if q.task_id == task_id]
             drawn = [self.folder / name for q in rows for name in answers[q.id].pictures]
-            measured = distances([q.path for q in rows if q.path], drawn, self.config.fid, self.encoder)
+            measured = distances([q.path for q in rows if q.path], drawn, self._features)
             if measured:
                 found[task_id] = measured
         return found
@@ -220,7 +250,7 @@ class EvalRun:
         usd, budget = expected["usd"], self.config.budget
         cost = "at a price that is not known" if usd is None else f"about {usd:.2f} USD"
         tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
-        log(f"eval: {what}: at most {expected['calls']:,} requests, about {tokens}, {cost}")
+        log(f"eval: {what}: {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
         if budget and usd is not None and usd > budget - self.servers.meter.usd:
             raise InputError(
                 f"--budget {budget:g}: {what} may cost about {usd:.2f} USD; raise it, or ask less by --limit"
@@ -232,7 +262,8 @@ class EvalRun:
         config, judge = self.config, self.servers.judge
         return {
             **settings_of(config, "ckpt", "vqgan", "backend", "model", "tasks", "limit", "protocol", "max_new_tokens"),
-            **settings_of(config, "judge", "fid", "batch_tokens", "precision"),
+            **settings_of(config, "judge", "fid", "batch_tokens"),
+            "precision": precision_name(config),
             "prompt_form": self.form,
             "clip": self.encoder_name,
             "api_url": self.servers.backend and self.servers.backend.client.url,
@@ -255,7 +286,6 @@ class EvalRun:
             "judge": _stable(judge.facts()) if judge else None,
             "clip": self.encoder.facts() if self.encoder else None,
             "prompt_form": self.form,
-            "hashes": self.hashes,
             "versions": versions(),
         }
 

@@ -7,7 +7,6 @@ all of these count as 0. A question that got no answer at all is wrong under bot
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -64,29 +63,29 @@ def judge_cases(questions: list[Question], answers: Mapping[str, Given]) -> list
     ]
 
 
-def similarities(questions: list[Question], answers: Mapping[str, Given], folder: Path, encoder) -> Similarities:
-    """Cosines of captions with their images, of drawings with their texts, and of drawings with reference images.
+def similarities(questions: list[Question], answers: Mapping[str, Given], folders: dict, encoder) -> Similarities:
+    """Cosines of captions with their images, of drawings with their prompts, and of drawings with reference images.
 
-    A drawing is compared with the row's `answer` if there is one, else with its prompt; of several pictures in one
-    answer the first counts.
+    folders: `data` and `run`, which pictures are relative to. Of several pictures in one answer the first counts.
     """
+    # Pictures by their names within the data or the run, so that the order does not depend on where these folders are.
     text_pairs, image_pairs = {}, {}
     for question in questions:
-        given = answers[question.id]
-        drawn = folder / given.pictures[0] if given.pictures else None
+        given, shown = answers[question.id], ("data", question.image)
+        drawn = ("run", given.pictures[0]) if given.pictures else None
         if question.task.kind == "caption" and given.text.strip():
-            text_pairs[question.id] = (question.path, given.text)
+            text_pairs[question.id] = (shown, given.text)
         elif question.task.kind == "drawing" and drawn:
-            text_pairs[question.id] = (drawn, question.answer.strip() or question.prompt)
+            text_pairs[question.id] = (drawn, question.prompt)
         elif question.task.kind == "interleaved" and drawn and question.path:
-            image_pairs[question.id] = (drawn, question.path)
-    paths = sorted({path for path, _ in text_pairs.values()} | {path for pair in image_pairs.values() for path in pair})
+            image_pairs[question.id] = (drawn, shown)
+    names = sorted({name for name, _ in text_pairs.values()} | {name for pair in image_pairs.values() for name in pair})
     texts = sorted({text for _, text in text_pairs.values()})
-    rows, errors = encoder.images(paths)
-    images = {path: row for path, row, error in zip(paths, rows, errors, strict=True) if error is None}
+    rows, errors = encoder.images([folders[place] / name for place, name in names])
+    images = {name: row for name, row, error in zip(names, rows, errors, strict=True) if error is None}
     words = dict(zip(texts, encoder.texts(texts), strict=True))
     return Similarities(
-        _cosines({key: (images[path], words[text]) for key, (path, text) in text_pairs.items() if path in images}),
+        _cosines({key: (images[name], words[text]) for key, (name, text) in text_pairs.items() if name in images}),
         _cosines({key: (images[a], images[b]) for key, (a, b) in image_pairs.items() if a in images and b in images}),
     )
 
@@ -102,7 +101,7 @@ def make_sample(question: Question, data: EvalData, given: Given, measured: Meas
     """One line of samples.jsonl."""
     marks = _marks(question, given, measured) if given.error is None else _failed(question, measured)
     verdict = (measured.verdicts or {}).get(question.id)
-    in_words = question.task.kind in _IN_WORDS and question.reference.strip() and given.error is None
+    in_words = question.task.kind in _IN_WORDS and question.reference.strip()
     return {
         "id": question.id,
         "task": question.task_id,

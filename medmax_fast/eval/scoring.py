@@ -3,15 +3,22 @@
 `medmax-v1` is the published scoring with its quirks: "yes" and "no" are looked for anywhere in the lower-cased
 output, so "normal" and "unknown" count as "no" and "eyes" as "yes"; a letter must be the whole stripped, upper-cased
 output, so "B." is wrong; a gold answer is compared as it is written, so a gold "Yes" is never matched. `strict` looks
-for whole words, takes a letter only where it stands as an answer, and accepts the gold answer in any case. Neither
-drops anything: an output from which strict parsing gets no answer is wrong and is counted as unparsed.
+for whole words, takes a letter where it stands as an answer ("B.", "**B**", "B, because", "The answer is (B)", but not
+"A patient"), and accepts the gold answer in any case. Neither drops anything: an output from which strict parsing gets
+no answer is wrong and is counted as unparsed.
 """
 
 import re
 
 _WORDS = re.compile(r"\b(yes|no)\b")
-# A, (A), A. A) A: and any of these followed by the text of the choice; "A patient" is not an answer.
-_LETTER = re.compile(r"(?:\(([A-D])\)|([A-D])[.):]|([A-D])$)(?:\s|$)")
+# Marks of emphasis and quotation around an answer.
+_MARKS = r"[\s*_`'\"]*"
+_LEAD = r"(?:the )?(?:(?:correct|right|best) )?(?:answer|option|choice)(?: is|:)?:?"
+# A letter in brackets, or with a mark, a comma, a dash or a new line behind it, or alone. "A patient" is not an answer.
+_LETTER = re.compile(rf"{_MARKS}(?:\(([A-Da-d])\)|([A-D])(?=[.):,;*_`'\"\n]|\s+[-\u2013\u2014]\s|\s*$))(?!\.?\d)")
+# Behind "The answer is" any words may follow, and alone a small letter serves; "a" might be the beginning of a word.
+_AFTER_LEAD = re.compile(rf"{_MARKS}(?i:{_LEAD}){_MARKS}\(?([A-D])\b(?!\.?\d)")
+_ALONE = re.compile(rf"{_MARKS}([b-d])[.)]?{_MARKS}")
 
 
 def score(kind: str, answer: str, output: str) -> dict:
@@ -47,6 +54,7 @@ def parse_yes_no(output: str) -> str | None:
 
 
 def parse_letter(output: str) -> str | None:
-    """The capital letter A to D with which the output answers, else None."""
-    match = _LETTER.match(output.strip())
-    return next(group for group in match.groups() if group) if match else None
+    """The letter A to D with which the output answers, else None."""
+    output = output.strip()
+    match = _LETTER.match(output) or _AFTER_LEAD.match(output) or _ALONE.fullmatch(output)
+    return next(group for group in match.groups() if group).upper() if match else None

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.images import ImageError, decode, read_file
-from medmax_fast.runtime import InputError, bars_on_terminals_only, hash_folder, progress, read_json
+from medmax_fast.runtime import InputError, bars_on_terminals_only, hash_folder, one_line, progress, read_json
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 HUB_PREFIX = "hf-hub:"
@@ -169,7 +169,7 @@ def _import_open_clip():
     # A torchvision made for another torch raises any of these.
     except (ImportError, RuntimeError, OSError) as error:
         raise InputError(
-            f"open_clip cannot be imported ({_one_line(error)}): pip install 'medmax_fast[eval]', and a torchvision "
+            f"open_clip cannot be imported ({one_line(error)}): pip install 'medmax_fast[eval]', and a torchvision "
             "that belongs to this torch, which open_clip needs"
         ) from error
     return open_clip
@@ -237,7 +237,7 @@ def _loading(name: str, folder: Path | None, hint: str = "") -> Iterator[None]:
     except InputError:
         raise
     except (*broken, SafetensorError, pickle.UnpicklingError) as error:
-        what = f"--clip {name}: cannot be loaded ({_one_line(error)}){hint}"
+        what = f"--clip {name}: cannot be loaded ({one_line(error)}){hint}"
         if not folder:
             what += "; where the Hugging Face hub cannot be reached, give a local folder with --clip"
         raise InputError(what) from error
@@ -304,7 +304,3 @@ def _pooled(output):
 def _utf8(text: str) -> str:
     """The tokenizers refuse half a surrogate pair, which a model's JSON reply may hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -34,7 +34,6 @@ FLIPS = 20_000
 # With this many images there are fewer flips in all than FLIPS, and all are tried.
 EXACT_IMAGES = 14
 SEED = 0
-ACCURACY_SUFFIXES = ("_closed", "_open", "_mcq")
 # Most array elements at a time, so that memory does not grow with the number of images.
 _CHUNK = 1 << 20
 
@@ -169,19 +168,21 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def compare_runs(first: list[dict], second: list[dict], protocol: str) -> list[dict]:
-    """Rows {task, difference, low, high, p_value, n, images} between the samples of two runs, matched by id.
+    """Rows {task, difference, low, high, p_value, n, images} between the samples of two runs, matched by id and image.
 
     first, second: rows of samples.jsonl. A question counts where both runs have a score under `protocol`, and a task
     where it has such a question. With more than one accuracy task the last row is the difference of their plain mean;
     an image that several tasks share is one unit there. p-values are not corrected: see `holm`.
     """
-    others = {row["id"]: row["scores"][protocol] for row in second}
+    # Two data sets may share questions and not the pictures that these are about.
+    others = {(row["id"], row["cluster"]): row["scores"][protocol] for row in second}
     pairs: dict[str, list[tuple[float, str]]] = {}
     for row in first:
-        before, after = row["scores"][protocol], others.get(row["id"])
+        before, after = row["scores"][protocol], others.get((row["id"], row["cluster"]))
         if before is not None and after is not None:
             pairs.setdefault(row["task"], []).append((after - before, row["cluster"]))
-    accuracy = [task for task in pairs if task.endswith(ACCURACY_SUFFIXES)]
+    metrics = {row["task"]: row["metric"] for row in first}
+    accuracy = [task for task in pairs if metrics[task] == "accuracy"]
     groups = {task: [task] for task in pairs}
     if len(accuracy) > 1:
         groups[f"mean of {len(accuracy)} tasks"] = accuracy

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 
-from medmax_fast.runtime import InputError, log
+from medmax_fast.runtime import InputError, log, one_line
 
 TRACKERS = ("tensorboard", "wandb")
 PROJECT = "medmax_fast"
@@ -85,7 +85,7 @@ class Trackers:
         try:
             action()
         except _failures(name) as error:
-            log(f"--track {name}: {_one_line(error)}; the run goes on without it")
+            log(f"--track {name}: {one_line(error)}; the run goes on without it")
             self._open.pop(name, None)
 
 
@@ -98,10 +98,6 @@ def _failures(name: str) -> tuple[type[Exception], ...]:
 
     # The last two, and ConnectionError, come from wandb-core, the process that wandb talks to.
     return OSError, Error, HandleAbandonedError, MailboxClosedError
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _numbers(record: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -151,7 +147,7 @@ class _Wandb:
             )
         except (AuthenticationError, UsageError, ValueError) as error:
             # ValueError: what pydantic makes of a WANDB_ variable.
-            raise InputError(f"--track wandb: {_one_line(error)}") from error
+            raise InputError(f"--track wandb: {one_line(error)}") from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -18,9 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from medmax_fast.data.images import ImageError, decode, read_file
-from medmax_fast.eval.backends.hf_loading import load_model, one_line, refusals
+from medmax_fast.eval.backends.hf_loading import load_model, refusals
 from medmax_fast.eval.backends.protocol import Answer, Ask
-from medmax_fast.runtime import log
+from medmax_fast.runtime import log, one_line
 
 # New ids of an ask that sets no limit.
 UNLIMITED = 1024
@@ -154,6 +154,9 @@ class HFBackend:
             # Outside the handler the traceback no longer holds the tensors.
             pass
         except refusals() as error:
+            if isinstance(error, torch.AcceleratorError):
+                # The device is of no more use to this process.
+                raise
             refusal = one_line(error)
         if refusal is None:
             torch.cuda.empty_cache()

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from medmax_fast.runtime import InputError, bars_on_terminals_only
+from medmax_fast.runtime import InputError, bars_on_terminals_only, one_line
 
-# What a processor, its template or a model raises on a prompt that it cannot take.
-REFUSALS = (ValueError, LookupError, ArithmeticError, StopIteration)
+# What a processor, its template or a model raises on a prompt that it cannot take; torch's shapes are RuntimeErrors.
+REFUSALS = (ValueError, LookupError, ArithmeticError, StopIteration, TypeError, RuntimeError)
 
 
 def load_model(name: str, device, dtype) -> tuple:
@@ -110,9 +110,3 @@ def _loading(name: str) -> Iterator[None]:
         elif "torchvision" in str(error).lower():
             reason = "its processor needs torchvision; install the one made for this torch"
         raise InputError(f"--model {name}: {reason} ({one_line(error)})") from error
-
-
-def one_line(error: BaseException, most: int = 300) -> str:
-    """An error's message on one line, cut to `most` characters."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= most else line[:most] + "..."

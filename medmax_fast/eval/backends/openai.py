@@ -38,7 +38,7 @@ class OpenAIBackend:
 
         Then, and when interrupted, what has begun is waited for and kept in the client's cache, and the client stops.
         """
-        workers = max(1, min(self._concurrency, batch_size, len(asks)))
+        workers = max(1, min(self._concurrency, len(asks)))
         with ThreadPoolExecutor(workers) as pool, contextlib.ExitStack() as ending:
             ending.callback(pool.shutdown, wait=False, cancel_futures=True)
             ending.callback(self.client.stop)

@@ -13,8 +13,8 @@ class Ask:
     """One question for a model, answered greedily.
 
     mode: `text`, `image` (one picture) or `any` (text and pictures). new_tokens: most new ids of text, 0 for as many as
-    the answer takes. turn: whether the content is a whole turn, to be answered by the assistant (the native engine
-    appends eot, the others use the model's chat template), or the beginning of a text to be gone on with.
+    the answer takes. turn: whether the content is a whole turn, to be answered by the assistant, or the beginning of a
+    text to be gone on with, which only the native engine can do (it appends no eot then).
     """
 
     id: str
@@ -39,8 +39,8 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All text, pictures left out."""
-        return "".join(piece["text"] for piece in self.content if piece["type"] == "text")
+        """All text, with blanks where pictures are left out."""
+        return " ".join(piece["text"] for piece in self.content if piece["type"] == "text")
 
     @property
     def pictures(self) -> list:

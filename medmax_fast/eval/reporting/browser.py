@@ -29,10 +29,10 @@ class EvalRun(NamedTuple):
 
 
 def same_questions(runs: dict[str, EvalRun]) -> list[list[str]]:
-    """Names of the runs, those of the same data and images together."""
-    groups: dict[tuple, list[str]] = {}
+    """Names of the runs, those of the same data together, whichever of its tasks they did."""
+    groups: dict[str, list[str]] = {}
     for name, run in runs.items():
-        groups.setdefault((run.results["hashes"]["data"], run.results["hashes"]["images"]), []).append(name)
+        groups.setdefault(run.results["hashes"]["data"], []).append(name)
     return list(groups.values())
 
 

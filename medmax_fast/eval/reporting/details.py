@@ -3,7 +3,6 @@
 from medmax_fast.config import PROTOCOLS
 from medmax_fast.page import plain, table
 
-COVERAGE = ("answered", "unparsed", "failed", "unjudged")
 # metric -> (factor, digits, unit) in tables for people.
 UNITS = {"accuracy": (100, 1, " %"), "relative_score": (100, 1, " %"), "similarity": (1, 3, "")}
 

@@ -35,6 +35,10 @@ from medmax_fast.eval.servers.spending import Meter
 from medmax_fast.runtime import InputError, log
 
 RETRIED = (408, 409, 429)
+# What ends the run only before a server has answered anything.
+DOUBTED = (401, 403, 404)
+# Asks in a row that get no answer after all their tries, before a server is taken for gone.
+SILENCE = 16
 MAX_WAIT = 60.0
 CHECK_SECONDS = 10.0
 # More than any reply with pictures; a server that never stops talking must not fill the memory.
@@ -99,6 +103,8 @@ class ChatClient:
             raise InputError(f"{limit}: the price of {model!r} is not known, give it with --price or --judge-price")
         self._http = _open(self.url, flag, key, login, timeout)
         self._lock, self._stopped = threading.Lock(), threading.Event()
+        # Whether this server has ever answered, and how many asks have gone unanswered since it last did.
+        self._answered, self._unanswered = False, 0
         # The sequence of random.random() belongs to those who seed it.
         self._random = random.Random()
         self._dropped: set[str] = set()
@@ -169,13 +175,22 @@ class ChatClient:
                 failures += 1
                 if failures >= self._tries:
                     message = f"{self.url}: no answer after {failures} tries, the last: {error}"
+                    self._give_up(message)
                     raise ChatError(message, passing=True) from error
                 spread = self._random.uniform(0, min(MAX_WAIT, self._backoff * 2 ** (failures - 1)))
                 self._stopped.wait(min(MAX_WAIT, error.wait + spread))
             else:
                 if reply:
+                    self._unanswered = 0
                     return reply
         raise ChatError("stopped before an answer came", passing=True)
+
+    def _give_up(self, message: str) -> None:
+        """InputError where the server has answered nothing for long: waiting on, request by request, may take days."""
+        with self._lock:
+            self._unanswered += 1
+        if self._unanswered >= SILENCE:
+            raise InputError(f"{self._flag} {message}; so it went {SILENCE} times in a row. What was answered is kept")
 
     def _try(self, messages: list[dict], max_tokens: int, extra: dict) -> Reply | None:
         """One request; None if the next one will look different, _Failed if the same one may be answered."""
@@ -187,7 +202,9 @@ class ChatClient:
         status, headers, content = self._post(json.dumps(body).encode())
         if 200 <= status < 300:
             try:
-                return parse_reply(content, self._secrets.reply)
+                reply = parse_reply(content, self._secrets.reply)
+                self._answered = True
+                return reply
             except NotAReply as error:
                 raise _Failed(self._secrets.line(str(error))) from error
         # Another thread may have dropped it since this request was made, so the request decides.
@@ -197,10 +214,12 @@ class ChatClient:
                 log(f"{self.url}: {self.model} does not take {refused}, going on without it")
             self._learn("", [refused])
             return None
-        self._end_if_hopeless(status, headers, content)
+        if not (self._answered and status in DOUBTED):
+            self._end_if_hopeless(status, headers, content)
         if status in RETRIED or status >= 500:
             raise _Failed(self._describe(status, content), seconds_to_wait(headers.get("retry-after", "")))
-        raise ChatError(self._describe(status, content), passing=False)
+        # A refusal of this content, or of a key that has served before and may serve again.
+        raise ChatError(self._describe(status, content), passing=status in (401, 404))
 
     def _post(self, body: bytes):
         """(status, headers, content) of a response; _Failed where none came whole."""

@@ -9,11 +9,11 @@ import email.utils
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from medmax_fast.runtime import write_json
+from medmax_fast.runtime import read_json, write_json
 
 # Shorter keys are placeholders such as EMPTY, and also words that a model may say.
 KEY_LENGTH = 16
@@ -173,3 +173,12 @@ def read_reply(path: Path) -> tuple[Reply, list[str]] | None:
     texts = (reply.text, reply.model, reply.finish_reason)
     good = isinstance(dropped, list) and all(isinstance(text, str) for text in (*texts, *dropped))
     return (reply, dropped) if good else None
+
+
+def kept_tokens(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """(model asked, prompt tokens, completion tokens) of every reply in a cache folder."""
+    for path in sorted(folder.glob("*/*.json")):
+        kept = read_reply(path)
+        if kept:
+            reply = kept[0]
+            yield read_json(path)["request"]["model"], reply.prompt_tokens or 0, reply.completion_tokens or 0

@@ -1,12 +1,15 @@
 """What calls to a paid model cost: prices, a counter shared by threads, and the budget that ends a run.
 
 Costs are counted from the tokens that the server reports, so requests that a server bills without answering are not
-in them. The budget is looked at before a request, so it is passed by what the requests then in flight cost.
+in them. The budget is of a run: what its replies have cost before counts. It is looked at before a request, so it is
+passed by what the requests then in flight cost, and by what other processes of the run spend meanwhile.
 """
 
 import math
 import threading
+from pathlib import Path
 
+from medmax_fast.eval.servers.chat_reply import kept_tokens
 from medmax_fast.runtime import InputError
 
 # USD per million tokens (in, out), from OpenAI's list.
@@ -48,6 +51,12 @@ class Meter:
         self.usd = 0.0
         self._priced = True
         self._lock = threading.Lock()
+
+    def count_kept(self, folder: Path, prices: dict[str, tuple[float, float] | None]) -> None:
+        """Add what the replies in a cache folder have cost, so that a run which is continued keeps to its budget."""
+        for model, prompt, completion in kept_tokens(folder):
+            if prices.get(model):
+                self.usd += (prompt * prices[model][0] + completion * prices[model][1]) / 1e6
 
     def check(self) -> None:
         """BudgetSpent if there is a budget and nothing of it is left."""
