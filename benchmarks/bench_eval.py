@@ -177,7 +177,7 @@ def server(bench: Bench) -> list[dict]:
             took = []
             for _ in range(bench.size.repeats):
                 backend = OpenAIBackend(ChatClient(running.url, "m", cache=None), concurrency)
-                lasted, answers = seconds(backend.answer, asks, len(asks))
+                lasted, answers = seconds(backend.answer, asks, len(asks), lambda _: None)
                 took.append(lasted / len(asks))
                 backend.client.close()
             texts = {answer.id: answer.text for answer in answers}

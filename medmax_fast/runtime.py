@@ -145,13 +145,17 @@ def open_output(folder: str | Path, command: str, settings: dict[str, Any]) -> P
             if not path.exists():
                 raise
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"command": command, "settings": settings, "versions": versions()})
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"command": command, "settings": settings, "versions": versions()})
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
             return folder
     found = read_json(path)
     before = {"command": found.get("command"), **found.get("settings", {})}
     now = {"command": command, **settings}
-    for name in sorted(before.keys() | now.keys()):
+    # Hashes last, so that a changed flag is named before what it changes.
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (name.startswith("sha256_"), name)):
         if before.get(name) != now.get(name):
             raise InputError(
                 f"{folder}: made with {name} = {before.get(name)!r}, now {now.get(name)!r}; "

@@ -97,8 +97,8 @@ def test_text_that_no_file_can_hold(answers):
         (lambda lines: [lines[0], "{broken}", *lines[2:]], r"00002.jsonl: line 2: not valid JSON"),
         (lambda lines: [*lines, lines[1]], r"00002.jsonl: line 5: id 'd' is unknown or given twice"),
         (lambda lines: [lines[0], lines[1].replace('"d"', '"x"'), *lines[2:]], "line 2: id 'x' is unknown"),
-        (lambda lines: lines[:2], r"00002.jsonl: 1 answers, expected 3; delete it to ask again"),
-        (lambda lines: [lines[0], '{"id": "d"}', *lines[2:]], "line 2: no answer, expected a line written by"),
+        (lambda lines: lines[:2], r"00002.jsonl: 1 answers, expected 3; delete the file to ask again"),
+        (lambda lines: [lines[0], '{"id": "d"}', *lines[2:]], "line 2: not an answer by medmax eval; delete the file"),
         (lambda lines: [], r"00002.jsonl: 0 answers, expected 3"),
     ],
 )

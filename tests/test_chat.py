@@ -27,6 +27,10 @@ from medmax_fast.runtime import InputError
 KEY = "sk-very-secret-0123456789abcdef"
 
 
+def quiet(_: int) -> None:
+    """Told of answers as they come."""
+
+
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
@@ -139,9 +143,17 @@ def test_statuses_of_one_request(status):
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}, "refuses the API key"),
-        (401, {"error": {"message": f"Incorrect API key provided: {KEY[:8]}****{KEY[-4:]}."}}, "refuses the API key"),
-        (403, f"<b>no\nentry</b> for Bearer {KEY}", "refuses the API key"),
+        (
+            401,
+            {"error": {"message": f"Incorrect API key provided: {KEY}"}},
+            "refuses the key of MEDMAX_JUDGE_API_KEY",
+        ),
+        (
+            401,
+            {"error": {"message": f"Incorrect API key provided: {KEY[:8]}****{KEY[-4:]}."}},
+            "refuses the key of MEDMAX_JUDGE_API_KEY",
+        ),
+        (403, f"<b>no\nentry</b> for Bearer {KEY}", "refuses the key of MEDMAX_JUDGE_API_KEY"),
         (404, {"error": {"message": "The model does not exist", "code": "model_not_found"}}, "no model 'm'"),
         (402, {"error": {"message": "Insufficient credits"}}, "no credit left"),
         (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, "no credit left"),
@@ -593,8 +605,8 @@ def test_backend_answers(tmp_path):
     asks += [Ask("broken", [{"type": "image", "path": str(tmp_path / "gone.png")}, {"type": "text", "text": "x"}])]
     with serve(answer) as server:
         backend = OpenAIBackend(client_of(server.url, tries=2), 4)
-        answers = backend.answer(asks, 3)
-        assert backend.answer([], 3) == []
+        answers = backend.answer(asks, 3, quiet)
+        assert backend.answer([], 3, quiet) == []
     found = {answer.id: answer for answer in answers}
     assert len(answers) == len(asks) == len(found)
     assert found["a"].text == "what!" and found["b"].text == "one two!" and found["a"].error is None
@@ -623,7 +635,7 @@ def test_unreliable_server_gives_the_same_answers(tmp_path):
     for run, shares in enumerate(({}, {"fail": 0.3, "nonsense": 0.05, "slow": 0.5})):
         with serve(echo, **shares) as server:
             backend = OpenAIBackend(client_of(server.url, tmp_path / str(run), timeout=0.25), 8)
-            answers = backend.answer(asks, 100)
+            answers = backend.answer(asks, 100, quiet)
         assert all(answer.error is None for answer in answers)
         found.append(({answer.id: answer.text for answer in answers}, backend.facts(), dict(server.counts)))
     (calm, calm_facts, _), (rough, rough_facts, counts) = found
@@ -655,14 +667,14 @@ def test_budget_ends_a_batch_and_keeps_what_was_answered(tmp_path):
         client = client_of(server.url, tmp_path, prices=(0.0, 5000.0), meter=Meter(0.1))
         began = time.monotonic()
         with pytest.raises(BudgetSpent):
-            OpenAIBackend(client, 4).answer(asks, 200)
+            OpenAIBackend(client, 4).answer(asks, 200, quiet)
         assert time.monotonic() - began < 10
         # A cent a reply, and at most those of the other threads beyond the budget.
         assert 10 <= len(server.requests) <= 14
         assert len(files_below(tmp_path)) == len(server.requests)
         before = len(server.requests)
         free = client_of(server.url, tmp_path, prices=(0.0, 5000.0), meter=Meter(100.0))
-        assert len(OpenAIBackend(free, 4).answer(asks, 200)) == 200
+        assert len(OpenAIBackend(free, 4).answer(asks, 200, quiet)) == 200
         assert len(server.requests) == 200 and free.meter.cached == before
 
 
@@ -671,8 +683,8 @@ def test_a_wrong_key_ends_a_batch_at_once(tmp_path):
     answer = Script(*[(503, "", {"Retry-After": "50"})] * 3, *[(401, "who are you")] * 400)
     with serve(answer) as server:
         began = time.monotonic()
-        with pytest.raises(InputError, match="refuses the API key"):
-            OpenAIBackend(client_of(server.url, tmp_path), 8).answer(asks, 200)
+        with pytest.raises(InputError, match="the server wants a key, set OPENAI_API_KEY"):
+            OpenAIBackend(client_of(server.url, tmp_path), 8).answer(asks, 200, quiet)
         assert time.monotonic() - began < 10 and len(server.requests) < 60
 
 

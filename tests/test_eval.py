@@ -49,11 +49,12 @@ class Scripted:
     asked: list = field(default_factory=list)
     calls: int = 0
 
-    def answer(self, asks, batch_size):
+    def answer(self, asks, batch_size, done):
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
         self.calls += 1
         self.asked += asks
+        done(len(asks))
         # Order must not matter.
         return [self._one(ask) for ask in asks][::-1]
 
@@ -150,7 +151,8 @@ def test_questions_of_a_server_that_was_down_are_asked_again(config, tmp_path, c
     evaluate(whole, Scripted())
     result = evaluate(config, Scripted(down=("Is it enlarged?", "Draw it")))
     assert result["coverage"]["failed"] == 2
-    assert "servers left 2 questions without an answer" in capsys.readouterr().err
+    assert "2 of 9 questions got no answer, the first: vqa_rad_closed-00001: server down" in capsys.readouterr().err
+    assert "the same command asks again" in result["notes"][0]
     backend = Scripted()
     evaluate(config, backend)
     # Only these, not those of the same batches that were answered.
@@ -191,11 +193,11 @@ class Slow(Scripted):
         super().__init__()
         self.folder = folder
 
-    def answer(self, asks, batch_size):
+    def answer(self, asks, batch_size, done):
         time.sleep(0.2)
         with open(self.folder / f"asked-{os.getpid()}", "a") as file:
             file.writelines(f"{ask.id}\n" for ask in asks)
-        return super().answer(asks, batch_size)
+        return super().answer(asks, batch_size, done)
 
 
 def work(config: EvalConfig, folder: Path, rank: int = 0, world: int = 1) -> None:
@@ -285,19 +287,58 @@ def test_results_are_of_the_answers_that_are_there(config, tmp_path):
     assert files_of(config) == files_of(alone)
 
 
+def test_another_protocol_is_another_look_at_the_same_answers(config):
+    evaluate(config, Scripted())
+    strict = evaluate(replace(config, protocol="strict"), Scripted(stop_at=0))
+    assert strict["average"] == pytest.approx((1 / 3 + 1 / 2) / 2) and results_of(config)["protocol"] == "strict"
+
+
+def test_damaged_results_are_made_again(config):
+    evaluate(config, Scripted())
+    whole = files_of(config)
+    for name, damage in (("samples.jsonl", b"{}"), ("results.json", b"{broken"), ("samples.jsonl", None)):
+        path = Path(config.output) / name
+        path.write_bytes(damage) if damage else path.unlink()
+        evaluate(config, Scripted(stop_at=0))
+        assert files_of(config) == whole
+
+
+def test_nothing_is_scored_where_nothing_was_answered(config):
+    down = Scripted(down=tuple(OUTPUTS))
+    with pytest.raises(
+        InputError, match="nothing to score: 9 of 9 questions got no answer, the first: .*: server down"
+    ):
+        evaluate(config, down)
+    assert not (Path(config.output) / "results.json").exists()
+    assert evaluate(config, Scripted())["coverage"]["failed"] == 0
+
+
+def test_an_output_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        evaluate(replace(config, output=str(tmp_path / "file" / "x")), Scripted())
+
+
+def test_rows_that_repeat_are_noted(config, tmp_path):
+    data = make_folder(tmp_path / "twice", [row[:5] for row in (ROWS[0], ROWS[1], ROWS[0])])
+    result = evaluate(replace(config, data=str(data), output=str(tmp_path / "o")), Scripted())
+    assert result["notes"] == ["1 rows repeat an earlier one and count again, the first: vqa_rad_closed-00002"]
+
+
 def test_progress_is_shown_while_a_model_answers(config, monkeypatch):
     shown = []
     monkeypatch.setattr(eval_run.Progress, "update", lambda self, done, note=str: shown.append(done))
     evaluate(config, Scripted())
     sizes = batch_sizes(config)
-    assert shown == np.cumsum(sizes).tolist() and len(shown) > 2
+    # When a batch is kept, and before that as its answers come.
+    assert shown[1::2] == np.cumsum(sizes).tolist() and len(shown) == 2 * len(sizes) > 4
 
 
 def test_other_settings_or_data_are_refused(config):
     evaluate(config, Scripted())
     for changes, message in (
         ({"limit": 3}, "limit = 0, now 3"),
-        ({"protocol": "strict"}, "protocol = 'medmax-v1', now 'strict'"),
+        ({"tasks": "pmc_vqa_mcq"}, "tasks = '', now 'pmc_vqa_mcq'"),
         ({"prompt_form": "base"}, "prompt_form = 'tuned', now 'base'"),
         ({"judge": "openai"}, "judge = 'none', now 'openai'"),
     ):
@@ -336,7 +377,8 @@ def test_gold_answers_in_another_case_are_noted(config, tmp_path):
     result = evaluate(replace(config, data=str(data), output=str(tmp_path / "other run")), Scripted())
     assert result["tasks"]["vqa_rad_closed"]["by_protocol"] == {"medmax-v1": 0.5, "strict": 1.0}
     assert result["notes"] == [
-        "1 gold answers are not written as yes, no or A to D exactly; medmax-v1 never counts such a row right"
+        "1 gold answers are not written as yes, no or A to D exactly, the first 'Yes' of vqa_rad_closed-00000; "
+        "medmax-v1 never counts such a row right"
     ]
 
 
@@ -357,13 +399,26 @@ def test_bad_flags(config, tmp_path):
     assert not Path(config.output).exists()
     with pytest.raises(InputError, match="--output .*: lies inside --ckpt, expected a folder of its own"):
         evaluate(replace(config, ckpt=str(tmp_path)))
+    base = EvalConfig(config.data, config.output)
     for kind in ("hf", "openai"):
-        with pytest.raises(InputError, match=f"--prompt-form base: --backend {kind} asks in turns"):
-            evaluate(EvalConfig(config.data, config.output, backend=kind, model="m", prompt_form="base"))
-        with pytest.raises(InputError, match=f"--model: missing, needed with --backend {kind}"):
-            evaluate(EvalConfig(data=config.data, output=config.output, backend=kind))
-        with pytest.raises(InputError, match=f"--ckpt goes with --backend native; with --backend {kind} give --model"):
-            evaluate(EvalConfig(data=config.data, output=config.output, backend=kind, model="m", ckpt="c"))
+        other = replace(base, backend=kind)
+        for changes, message in (
+            ({"model": "m", "prompt_form": "base"}, f"--prompt-form base: --backend {kind} asks in turns"),
+            ({}, f"--model: missing, needed with --backend {kind}"),
+            ({"model": "m", "ckpt": "c"}, f"--ckpt goes with --backend native, found --backend {kind}"),
+            ({"model": "m", "vqgan": "c"}, f"--vqgan goes with --backend native, found --backend {kind}"),
+        ):
+            with pytest.raises(InputError, match=message):
+                evaluate(replace(other, **changes))
+    for changes, message in (
+        ({"model": "m"}, "--model goes with --backend hf or openai, found --backend native"),
+        ({"ckpt": "c", "api_url": "http://x"}, "--api-url goes with --backend openai"),
+        ({"ckpt": "c", "judge_prompts": "p.yaml"}, "--judge-prompts goes with --judge openai, found --judge none"),
+        ({"ckpt": "c", "budget": 1.0}, "--budget: there is no server that costs anything"),
+        ({"ckpt": "c", "budget": float("nan")}, "--budget nan: expected US dollars"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(replace(base, **changes))
 
 
 def test_bad_data_is_named_before_a_model_is_looked_for(config, tmp_path):

@@ -79,7 +79,11 @@ def test_our_engine_does_every_task(world, good, capsys):
     run(world, "native", good.url, flags)
     out, err = capsys.readouterr()
     found = results(world, "native")
-    assert json.loads(out.splitlines()[-1])["tasks"] == found["tasks"] and "the judge: 7 requests, about" in err
+    assert (
+        json.loads(out.splitlines()[-1])["tasks"] == found["tasks"]
+        and "the judge: 7 requests, about" in err
+        and "the judge afterwards: 7 requests" in err
+    )
     assert len(found["tasks"]) == TASKS + 1 and not found["skipped"]
     assert found["coverage"]["failed"] == found["coverage"]["unjudged"] == 0
     rows = {sample["task"]: sample for sample in samples(world, "native")}
@@ -181,9 +185,7 @@ def test_a_judge_that_is_down_is_asked_again(world, good, capsys):
         run(world, "down", server.url, flags)
         assert results(world, "down")["coverage"]["unjudged"] == 5
         assert results(world, "down")["tasks"]["vqa_rad_open"]["accuracy"] is None
-        assert "5 answers without a verdict; the same command asks for these again" in " ".join(
-            capsys.readouterr().err.split()
-        )
+        assert "the judge gave no verdict on 5 of 5 answers, the first: " in capsys.readouterr().err
         down = False
         run(world, "down", server.url, flags)
     found, whole = results(world, "down")["tasks"], results(world, "good")["tasks"]
@@ -194,7 +196,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_continues_it(world, good, capsys):
     asked = len(good.requests)
     flags = server_flags(good.url, tasks="vqa_rad_closed", price="1,1")
     run(world, "budget", good.url, {**flags, "judge_price": "1,1", "budget": 0.001}, status=2)
-    assert re.search(r"--budget 0.001: the questions may cost about [\d.]+ USD", capsys.readouterr().err)
+    assert re.search(r"--budget 0.001: the questions may cost about 0.008\d USD; raise it", capsys.readouterr().err)
     assert len(good.requests) == asked
     run(world, "budget", good.url, {**flags, "judge_price": "1,1", "budget": 1})
     assert results(world, "budget")["n"] == 8

@@ -19,6 +19,11 @@ from medmax_fast.eval.backends.hf import HFBackend
 from medmax_fast.eval.backends.protocol import Ask
 from medmax_fast.runtime import InputError
 
+
+def quiet(_: int) -> None:
+    """Told of answers as they come."""
+
+
 MAKERS = {"llava": make_llava, "idefics": make_idefics}
 SIZES = [(40, 30), (100, 64), (28, 28), (64, 90)]
 
@@ -111,7 +116,7 @@ def test_one_prompt_by_hand(folders, pictures, name):
         (ask("c", "Only text", turn=False, mode="any"), "<s>USER: Only text ASSISTANT:", []),
     ]
     for question, prompt, paths in cases:
-        (answer,) = backend.answer([question], 4)
+        (answer,) = backend.answer([question], 4, quiet)
         ids = by_hand(folder, prompt, paths, 12)
         assert answer.error is None and answer.id == question.id and answer.token_ids == ids
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -121,17 +126,19 @@ def test_one_prompt_by_hand(folders, pictures, name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_answers_do_not_depend_on_the_batch(folders, pictures, name):
     backend, asks = load_or_skip(folders[name]), ragged(pictures)
-    alone = backend.answer(asks, 1)
+    alone = backend.answer(asks, 1, quiet)
     assert [answer.id for answer in alone] == [question.id for question in asks]
-    assert backend.answer(asks, 8) == alone
+    assert backend.answer(asks, 8, quiet) == alone
     shuffled = random.sample(asks, len(asks))
-    assert {answer.id: answer for answer in backend.answer(shuffled, 5)} == {answer.id: answer for answer in alone}
+    assert {answer.id: answer for answer in backend.answer(shuffled, 5, quiet)} == {
+        answer.id: answer for answer in alone
+    }
     # Otherwise this shows nothing: some end early, some do not, and they differ.
     assert len({tuple(answer.token_ids) for answer in alone}) > 5
 
 
 def test_the_image_matters(llava, pictures):
-    answers = llava.answer([ask(path, path, "What is shown?") for path in pictures], 4)
+    answers = llava.answer([ask(path, path, "What is shown?") for path in pictures], 4, quiet)
     assert len({answer.text for answer in answers}) > 1
 
 
@@ -142,7 +149,7 @@ def test_budgets(llava, pictures, monkeypatch):
     # No end of text in the way.
     llava._settings["suppress_tokens"] = [2]
     asks = [ask(str(i), pictures[i % 4], "Why?", new_tokens=budget) for i, budget in enumerate(budgets)]
-    answers = llava.answer(asks, 4)
+    answers = llava.answer(asks, 4, quiet)
     assert [len(answer.token_ids) for answer in answers] == [1, 5, 1, 99, 30, 5]
     assert answers[4].token_ids[:5] == answers[0].token_ids + answers[4].token_ids[1:5]
 
@@ -150,17 +157,17 @@ def test_budgets(llava, pictures, monkeypatch):
 def test_an_answer_ends_with_its_first_eos(folders, pictures, tmp_path):
     folder = shutil.copytree(folders["llava"], tmp_path / "model")
     asks = ragged(pictures)
-    plain = load(folder).answer(asks, 6)
+    plain = load(folder).answer(asks, 6, quiet)
     # The commonest id becomes one more eos.
     ids = [new for answer in plain for new in answer.token_ids if new != 2]
     common = max(set(ids), key=ids.count)
     edit(folder / "generation_config.json", eos_token_id=[2, common])
-    for answer, before in zip(load(folder).answer(asks, 6), plain, strict=True):
+    for answer, before in zip(load(folder).answer(asks, 6, quiet), plain, strict=True):
         cut = before.token_ids.index(common) + 1 if common in before.token_ids else len(before.token_ids)
         assert answer.token_ids == before.token_ids[:cut]
     # An end that only the tokenizer names ends an answer as well.
     edit(folder / "generation_config.json", eos_token_id=common)
-    assert all(2 not in answer.token_ids[:-1] for answer in load(folder).answer(asks, 6))
+    assert all(2 not in answer.token_ids[:-1] for answer in load(folder).answer(asks, 6, quiet))
 
 
 def test_the_models_own_decoding_is_overridden(folders, pictures, tmp_path, caplog):
@@ -173,7 +180,7 @@ def test_the_models_own_decoding_is_overridden(folders, pictures, tmp_path, capl
     library.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
-            assert load(folder).answer(asks, 4) == load(folders["llava"]).answer(asks, 4)
+            assert load(folder).answer(asks, 4, quiet) == load(folders["llava"]).answer(asks, 4, quiet)
     finally:
         library.disable_propagation()
     assert not caplog.records, caplog.text
@@ -189,14 +196,16 @@ def test_failures_stay_with_their_asks(llava, pictures, tmp_path):
         ask("drawn", "A picture of a lung", mode="image"),
     ]
     asks = random.sample(good + bad, len(good + bad))
-    answers = {answer.id: answer for answer in llava.answer(asks, 8)}
+    answers = {answer.id: answer for answer in llava.answer(asks, 8, quiet)}
     assert "broken.png: broken image" in answers["broken"].error
     assert answers["half"].error == f"{tmp_path}/absent.png: no such file"
     assert answers["spelled"].error.startswith("the model refuses the prompt (")
     assert "text only" in answers["drawn"].error
     assert all(answers[a.id].content == [] and answers[a.id].token_ids == [] for a in bad)
-    assert [answers[a.id] for a in good] == llava.answer(good, 8)
-    assert llava.answer([], 8) == [] and [answer.id for answer in llava.answer(bad, 1)] == [a.id for a in bad]
+    assert [answers[a.id] for a in good] == llava.answer(good, 8, quiet)
+    assert llava.answer([], 8, quiet) == [] and [answer.id for answer in llava.answer(bad, 1, quiet)] == [
+        a.id for a in bad
+    ]
 
 
 def test_files_are_decoded_once_and_as_everywhere(llava, pictures, tmp_path, monkeypatch):
@@ -220,7 +229,7 @@ def test_files_are_decoded_once_and_as_everywhere(llava, pictures, tmp_path, mon
 
 def test_batches_shrink_where_memory_is_short(llava, pictures, monkeypatch, capsys):
     asks = [ask(str(i), pictures[i % 4], "What? " * i) for i in range(16)]
-    expected, sizes, generate = llava.answer(asks, 8), [], llava.model.generate
+    expected, sizes, generate = llava.answer(asks, 8, quiet), [], llava.model.generate
 
     def limited(input_ids, **kwargs):
         sizes.append(len(input_ids))
@@ -229,14 +238,14 @@ def test_batches_shrink_where_memory_is_short(llava, pictures, monkeypatch, caps
         return generate(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(llava.model, "generate", limited)
-    assert llava.answer(asks, 8) == expected
+    assert llava.answer(asks, 8, quiet) == expected
     # The second batch was ready before the first had failed; in the next call none is too large.
     assert sizes[:3] == [8, 4, 2] and sum(size for size in sizes if size <= 2) == 16
     assert capsys.readouterr().err.count("out of GPU memory with 8 prompts at a time, going on with 4") == 1
     sizes.clear()
-    assert llava.answer(asks, 8) == expected and set(sizes) == {2}
+    assert llava.answer(asks, 8, quiet) == expected and set(sizes) == {2}
     monkeypatch.setattr(llava.model, "generate", lambda **_: limited(torch.zeros(3, 1)))
-    assert {answer.error for answer in llava.answer(asks, 8)} == {"out of GPU memory with this prompt alone"}
+    assert {answer.error for answer in llava.answer(asks, 8, quiet)} == {"out of GPU memory with this prompt alone"}
 
 
 def test_facts(llava, folders, tmp_path):
@@ -245,7 +254,7 @@ def test_facts(llava, folders, tmp_path):
     assert (facts["kind"], facts["model"], facts["dtype"]) == ("hf", str(folders["llava"]), "float32")
     assert facts["revision"] is None and facts["architecture"] == "LlavaForConditionalGeneration"
     half = HFBackend.from_pretrained(str(folders["llava"]), torch.device("cpu"), torch.bfloat16)
-    assert half.facts()["dtype"] == "bfloat16" and half.answer([ask("a", "What?")], 1)[0].text
+    assert half.facts()["dtype"] == "bfloat16" and half.answer([ask("a", "What?")], 1, quiet)[0].text
 
 
 def test_the_commit_of_a_model_from_the_hub(folders, tmp_path, monkeypatch):

@@ -82,7 +82,10 @@ def test_selection(tmp_path):
     [
         (changed(1, answer="maybe"), r"row 1 \(vqa_rad_closed\): answer 'maybe', expected yes or no"),
         (changed(2, answer="E"), r"row 2 \(pmc_vqa_mcq\): answer 'E', expected A, B, C or D"),
-        (changed(0, task_name="vqarad"), "row 0: unknown task 'vqarad' with question type 'closed'"),
+        (
+            changed(0, task_name="vqarad"),
+            "row 0: unknown task 'vqarad' with question type 'closed', expected one of vqa_rad .closed, open., slake",
+        ),
         (changed(2, question_type="closed"), "row 2: unknown task 'pmc_vqa' with question type 'closed'"),
         (changed(1, image_path="images/gone.png"), r"row 1 \(vqa_rad_closed\): no image images/gone.png"),
         (changed(5, image_path="images/gone.png"), "row 5 .*: no image images/gone.png"),
@@ -125,6 +128,7 @@ def test_bad_folders(tmp_path):
             load_questions(folder)
 
     refused("no such folder", tmp_path / "none")
+    refused("test.parquet: a file, expected the folder that holds it", data / "test.parquet")
     refused("expected one Parquet or JSONL file of questions, found none", data / "images")
     whole = (data / "test.parquet").read_bytes()
     (data / "test.parquet").write_bytes(whole[:-40])

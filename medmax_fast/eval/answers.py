@@ -110,15 +110,19 @@ class Answers:
     def _rows(self, number: int) -> tuple[dict, dict[str, dict]]:
         """(facts, rows by question id) of a batch's file; InputError for one that is not as it was written."""
         path, known, found = self._path(number), set(self._batches[number]), {}
-        (_, facts), *rows = read_rows(path) if path.stat().st_size else [(0, {})]
+        again = "delete the file to ask again"
+        try:
+            (_, facts), *rows = read_rows(path) if path.stat().st_size else [(0, {})]
+        except InputError as error:
+            raise InputError(f"{error}; {again}") from error
         for line, row in rows:
             if row.get("id") not in known or row["id"] in found:
-                raise InputError(f"{path}: line {line + 1}: id {row.get('id')!r} is unknown or given twice")
+                raise InputError(f"{path}: line {line + 1}: id {row.get('id')!r} is unknown or given twice; {again}")
             if not {"text", "pictures", "token_ids", "error", "passing"} <= row.keys():
-                raise InputError(f"{path}: line {line + 1}: no answer, expected a line written by medmax eval")
+                raise InputError(f"{path}: line {line + 1}: not an answer by medmax eval; {again}")
             found[row["id"]] = row
         if len(found) < len(known):
-            raise InputError(f"{path}: {len(found)} answers, expected {len(known)}; delete it to ask again")
+            raise InputError(f"{path}: {len(found)} answers, expected {len(known)}; {again}")
         return facts, found
 
     def _path(self, number: int) -> Path:

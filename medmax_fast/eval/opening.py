@@ -1,5 +1,6 @@
 """From flags to who takes part in an evaluation: the model that answers, the judge, and the image-text encoder."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,30 @@ SERVER_BATCHES = 16
 SERVER_IMAGE_IDS = 1000
 
 
+# Flags that mean something only with certain values of another one.
+_GOES_WITH = (
+    ("ckpt", "backend", ("native",)),
+    ("vqgan", "backend", ("native",)),
+    ("model", "backend", ("hf", "openai")),
+    ("api_url", "backend", ("openai",)),
+    ("price", "backend", ("openai",)),
+    ("judge_url", "judge", ("openai",)),
+    ("judge_prompts", "judge", ("openai",)),
+    ("judge_price", "judge", ("openai",)),
+)
+
+
 @dataclass(frozen=True)
 class Servers:
-    """Connections that cost nothing until they are used: the model's, the judge's, and what both have cost so far."""
+    """Connections that cost nothing until they are used: the model's, the judge's, and what both have cost so far.
+
+    continued: whether replies from before are there.
+    """
 
     backend: OpenAIBackend | None
     judge: Judge | None
     meter: Meter
+    continued: bool
     prices: tuple[float, float] | None
     judge_prices: tuple[float, float] | None
 
@@ -41,12 +59,18 @@ def check_flags(config: EvalConfig, backend: Backend | None) -> None:
         raise InputError(f"--protocol {config.protocol}: expected {' or '.join(PROTOCOLS)}")
     require_at_least(config, 1, "batch_size", "batch_tokens", "concurrency")
     require_at_least(config, 0, "max_new_tokens", "limit", "budget")
+    if not math.isfinite(config.budget):
+        raise InputError(f"--budget {config.budget}: expected US dollars")
+    for flag, other, values in _GOES_WITH:
+        if getattr(config, flag) and getattr(config, other) not in values:
+            name, found = flag.replace("_", "-"), getattr(config, other)
+            raise InputError(f"--{name} goes with --{other} {' or '.join(values)}, found --{other} {found}")
     if config.backend == "native" and backend is None and not config.ckpt:
         raise InputError("--ckpt: missing, needed with --backend native")
     if config.backend != "native" and not config.model:
         raise InputError(f"--model: missing, needed with --backend {config.backend}")
-    if config.backend != "native" and config.ckpt:
-        raise InputError(f"--ckpt goes with --backend native; with --backend {config.backend} give --model")
+    if config.budget and "openai" not in (config.backend, config.judge):
+        raise InputError("--budget: there is no server that costs anything")
     if config.backend != "native" and config.prompt_form == "base":
         raise InputError(f"--prompt-form base: --backend {config.backend} asks in turns, expected chat or tuned")
     for flag in ("ckpt", "model"):
@@ -124,7 +148,7 @@ def open_servers(config: EvalConfig, cache: Path) -> Servers:
         judge = Judge(client, load_prompts(config.judge_prompts), config.concurrency)
     if config.budget:
         meter.count_kept(cache, {config.model: prices, config.judge_model: judge_prices})
-    return Servers(backend, judge, meter, prices, judge_prices)
+    return Servers(backend, judge, meter, cache.exists(), prices, judge_prices)
 
 
 def _url(flag: str) -> str:

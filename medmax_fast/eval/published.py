@@ -74,3 +74,10 @@ VISUAL_CHAT = {
     "HuatuoGPT-Vision-7B": 60.4,
     "MedMax-7B": 60.3,
 }
+
+
+def published_value(model: str, task_id: str) -> float | None:
+    """The published figure of a task, a fraction or a cosine; None where there is none of this task alone."""
+    if task_id in TASK_IDS:
+        return PUBLISHED[model]["tasks"][task_id] / 100
+    return SIMILARITY.get(model, {}).get(task_id)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmax_fast.data.rows import column_names, place, read_rows, typed
-from medmax_fast.eval.tasks import GOLD, Task, find_task
+from medmax_fast.eval.tasks import GOLD, Task, find_task, known_tasks
 from medmax_fast.runtime import InputError, comma_list, hash_file
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
@@ -89,7 +89,8 @@ def load_questions(
             continue
         task = find_task(row["task_name"], row["question_type"])
         if task is None:
-            problems.append(f"{where}: unknown task {row['task_name']!r} with question type {row['question_type']!r}")
+            found, known = f"{row['task_name']!r} with question type {row['question_type']!r}", ", ".join(known_tasks())
+            problems.append(f"{where}: unknown task {found}, expected one of {known}")
             continue
         task_id = f"{task.name}_{row['question_type']}"
         present[task_id] = task
@@ -113,13 +114,15 @@ def load_questions(
         if task_id in skipped:
             raise InputError(f"--tasks {task_id}: {skipped[task_id]['reason']}")
     if not questions:
-        reasons = "".join(f"; {task_id}: {row['reason']}" for task_id, row in skipped.items())
+        reasons = "".join(f"; {task_id}: {row['reason']}" for task_id, row in skipped.items()) or ", it has no rows"
         raise InputError(f"{file}: no question that this run can ask{reasons}")
     questions = _first(questions, limit)
     return EvalData(folder, file, hash_file(file), questions, skipped, _hash_images(questions))
 
 
 def _data_file(folder: Path) -> Path:
+    if folder.is_file():
+        raise InputError(f"{folder}: a file, expected the folder that holds it (--data is a folder with one table)")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (--data is a folder with one Parquet or JSONL file beside images/)")
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".parquet", ".jsonl") and path.is_file()]

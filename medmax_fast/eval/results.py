@@ -10,10 +10,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from medmax_fast.config import PROTOCOLS
-from medmax_fast.eval.published import PUBLISHED
+from medmax_fast.eval.published import PUBLISHED, TASK_IDS, published_value
 from medmax_fast.eval.statistics import estimate, plain_mean
 from medmax_fast.eval.text_metrics import mean_metrics
 
+# What a score can be, by metric; a relative score is a rating of 0..10 over one of 1..10.
+BOUNDS = {"accuracy": (0.0, 1.0), "similarity": (-1.0, 1.0), "relative_score": (0.0, 10.0)}
 STATUSES = ("answered", "unparsed", "failed", "unjudged")
 
 
@@ -48,7 +50,7 @@ def summarize(samples: list[dict], protocol: str) -> dict:
 def task_result(samples: list[dict], protocol: str) -> dict:
     """The figures of one task; those of `protocol`, and the mean under each protocol."""
     metric = samples[0]["metric"]
-    found = figure(samples, protocol, lambda sample: sample["scores"], metric == "accuracy")
+    found = figure(samples, protocol, lambda sample: sample["scores"], metric)
     result = {"metric": metric, metric: found.pop("value"), **found, "coverage": _coverage(samples)}
     worded = [sample for sample in samples if sample["text_metrics"] is not None]
     if worded:
@@ -58,15 +60,21 @@ def task_result(samples: list[dict], protocol: str) -> dict:
         result["text_metrics"] = {**means, "n": len(worded)}
     pictured = [sample for sample in samples if sample["image_similarity"] is not None]
     if pictured:
-        result["image_similarity"] = figure(pictured, protocol, lambda sample: sample["image_similarity"], False)
+        result["image_similarity"] = figure(pictured, protocol, lambda sample: sample["image_similarity"], "similarity")
     return result
 
 
-def figure(samples: list[dict], protocol: str, scores, binary: bool) -> dict:
-    """A mean with its errors and interval; scores(sample) is the score under each protocol, None where left out."""
+def figure(samples: list[dict], protocol: str, scores, metric: str) -> dict:
+    """A mean with its errors and interval; scores(sample) is the score under each protocol, None where left out.
+
+    The interval is kept within what the metric can be, and is None where all scores of a few images are equal, which
+    would make it a point.
+    """
     values = {name: [scores(s)[name] for s in samples if scores(s)[name] is not None] for name in PROTOCOLS}
     clusters = [sample["cluster"] for sample in samples if scores(sample)[protocol] is not None]
-    found = estimate(values[protocol], clusters, binary)
+    found = estimate(values[protocol], clusters, metric == "accuracy")
+    least, most = BOUNDS[metric]
+    ends = [found.low, found.high] if found and found.low is not None and found.low < found.high else None
     return {
         "value": found and found.mean,
         "stderr": found and found.stderr,
@@ -74,8 +82,8 @@ def figure(samples: list[dict], protocol: str, scores, binary: bool) -> dict:
         "n": len(samples),
         "counted": len(clusters),
         "images": len(set(clusters)),
-        "ci95": [found.low, found.high] if found and found.low is not None else None,
-        "ci_method": found and found.method,
+        "ci95": ends and [max(ends[0], least), min(ends[1], most)],
+        "ci_method": found.method if ends else None,
         "by_protocol": {name: math.fsum(v) / len(v) if v else None for name, v in values.items()},
     }
 
@@ -91,7 +99,7 @@ def _groups(samples: list[dict], protocol: str) -> dict:
         groups[name] = {}
         scored = [sample for sample in samples if sample["metric"] == metric]
         for key, members in _grouped(scored, keys).items():
-            found = figure(members, protocol, lambda sample: sample["scores"], metric == "accuracy")
+            found = figure(members, protocol, lambda sample: sample["scores"], metric)
             if found["value"] is not None:
                 kept = {k: found[k] for k in ("n", "counted", "stderr_clustered", "ci95")}
                 groups[name][key] = {"metric": metric, metric: found["value"], **kept}
@@ -139,29 +147,48 @@ def _coverage(samples: list[dict]) -> dict[str, int]:
 
 
 def summary_table(results: dict) -> list[dict]:
-    """One row per task for people, accuracies and relative scores in percent, with MedMax-7B's published accuracy."""
-    published = PUBLISHED["MedMax-7B"]["tasks"]
+    """One row per task for people, with MedMax-7B's published figure; percent, but for similarities."""
+    protocol = results["protocol"]
+    (other,) = (name for name in PROTOCOLS if name != protocol)
     rows = []
     for task_id, task in results["tasks"].items():
-        shown = _plain if task["metric"] == "similarity" else _percent
+        percent, lost = task["metric"] != "similarity", task["coverage"]
         rows.append(
             {
                 "task": task_id,
                 "n": task["n"],
-                "metric": task["metric"],
-                "value": shown(task[task["metric"]]),
-                "95 % interval": "-".join(map(shown, task["ci95"])) if task["ci95"] else "",
-                **{name: shown(task["by_protocol"][name]) for name in PROTOCOLS},
-                **{status: task["coverage"][status] for status in STATUSES[1:]},
-                "MedMax-7B published": _percent(published[task_id] / 100) if task_id in published else "",
+                "figure": task["metric"] + " %" * percent,
+                protocol: _cell(task[task["metric"]], percent),
+                "95 % interval": _interval(task["ci95"], percent),
+                other: _cell(task["by_protocol"][other], percent),
+                **{status: lost[status] for status in STATUSES[1:]},
+                "published": _cell(published_value("MedMax-7B", task_id), percent),
+            }
+        )
+    if results["average"] is not None:
+        blank = dict.fromkeys(rows[0], "")
+        rows.append(
+            {
+                **blank,
+                "task": f"mean of {results['average_tasks']} VQA tasks",
+                "n": sum(task["n"] for task in results["tasks"].values() if task.get("accuracy") is not None),
+                "figure": "accuracy %",
+                protocol: _cell(results["average"], True),
+                "95 % interval": _interval(results["average_ci95"], True),
+                other: _cell(results["average_by_protocol"][other], True),
+                "published": _cell(PUBLISHED["MedMax-7B"]["average"] / 100, True)
+                if results["average_tasks"] == len(TASK_IDS)
+                else "",
             }
         )
     return rows
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _interval(ends: list[float] | None, percent: bool) -> str:
+    return "" if ends is None else " to ".join(_cell(end, percent) for end in ends)
 
 
-def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _cell(value: float | None, percent: bool) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if percent else f"{value:.3f}"

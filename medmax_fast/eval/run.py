@@ -9,15 +9,17 @@ interrupted. results.json names the answers that it was made from; where they ha
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from medmax_fast.config import EvalConfig, settings_of
 from medmax_fast.data.claims import Claims
 from medmax_fast.eval.answers import Answers, write_lines
-from medmax_fast.eval.asking import ask_of, batches, prompts_hash
+from medmax_fast.eval.asking import OPEN_END, ask_of, batches, prompts_hash
 from medmax_fast.eval.backends.protocol import Answer, Ask, Backend
 from medmax_fast.eval.distances import distances, open_features
 from medmax_fast.eval.judge import estimate
+from medmax_fast.eval.notes import run_notes
 from medmax_fast.eval.opening import (
     REPLIES,
     batch_budget,
@@ -36,11 +38,11 @@ from medmax_fast.eval.questions import EvalData, load_questions
 from medmax_fast.eval.results import summarize, summary_table
 from medmax_fast.eval.samples import Given, Measured, judge_cases, make_sample, similarities
 from medmax_fast.eval.similarity import available, open_encoder
-from medmax_fast.eval.tasks import GOLD
-from medmax_fast.eval.text_metrics import missing
 from medmax_fast.runtime import (
     InputError,
     Progress,
+    comma_list,
+    hash_file,
     log,
     open_output,
     pick_device,
@@ -110,18 +112,30 @@ class EvalRun:
                     time.sleep(_POLL_SECONDS)
                 # Another process started by hand may have been faster.
                 results = self._finished() or self._score()
+        for task_id, row in results["skipped"].items():
+            log(f"eval: left out: {task_id}, {row['n']} rows: {row['reason']}")
+        for note in results["notes"]:
+            log(f"eval: note: {note}")
         usage = self.servers.meter.usage()
         cost = {"servers": usage} if usage["calls"] or usage["cached"] else {}
-        return {"output": str(self.folder), **results, **cost, "summary": summary_table(results)}
+        about = {"output": str(self.folder), "model": results["backend"].get("model")}
+        # The table says the rest.
+        hidden = [name for name, value in results.items() if not isinstance(value, list | dict) and name != "protocol"]
+        return {**about, **results, **cost, "summary": summary_table(results), "printed": hidden}
 
     def _finished(self) -> dict | None:
-        """results.json, if it is of the answers that are there and no verdict is missing."""
-        path = self.folder / RESULTS_FILE
-        if self.answers.left() or not path.exists() or not (self.folder / SAMPLES_FILE).exists():
+        """results.json, if it and samples.jsonl are of the answers that are there and no verdict is missing."""
+        path, samples = self.folder / RESULTS_FILE, self.folder / SAMPLES_FILE
+        if self.answers.left() or not path.exists() or not samples.exists():
             return None
-        results = read_json(path)
-        whole = results["hashes"]["answers"] == self.answers.digest() and not results["coverage"]["unjudged"]
-        return results if whole else None
+        try:
+            results = read_json(path)
+        except InputError:
+            # It is made from what is here, so a damaged one is made again.
+            return None
+        made_from = {"answers": self.answers.digest(), "samples": hash_file(samples)}
+        same = results["hashes"] == {**self.hashes, **made_from} and results["protocol"] == self.config.protocol
+        return results if same and not results["coverage"]["unjudged"] else None
 
     def _open_measures(self) -> None:
         """The image-text encoder and what FID needs, where there are questions for them."""
@@ -148,13 +162,14 @@ class EvalRun:
         asks = [ask for number in left for ask in self._asks(number, self.answers.kept(number))]
         if again:
             log(f"eval: {len(again)} batches hold questions that a server left without an answer; they are asked again")
-        if self.servers.backend:
-            self._announce("the questions", estimate_asks(asks, self.servers.prices))
+        usd = self._announce("the questions", estimate_asks(asks, self.servers.prices)) if self.servers.backend else 0.0
+        if self.servers.judge:
+            self._announce("the judge afterwards", self._expected_judge(), usd)
         with Progress("eval (questions)", len(self.asks), done) as bar:
             while left:
                 worked = False
                 for number in left:
-                    if self._answer_batch(number, claims, again):
+                    if self._answer_batch(number, claims, again, lambda n: bar.update(bar.done + n)):
                         worked = True
                         bar.update(len(self.asks) - sum(len(self.batches[n]) for n in self._left(again)))
                 if not worked:
@@ -169,8 +184,8 @@ class EvalRun:
     def _asks(self, number: int, kept: dict) -> list[Ask]:
         return [self.asks[i] for i in self.batches[number] if self.asks[i].id not in kept]
 
-    def _answer_batch(self, number: int, claims: Claims, again: dict[int, tuple]) -> bool:
-        """Answer one batch if nobody else has it; whether it was done here."""
+    def _answer_batch(self, number: int, claims: Claims, again: dict, done: Callable[[int], None]) -> bool:
+        """Answer one batch if nobody else has it; whether it was done here. done: told of answers as they come."""
         if not claims.take(number):
             return False
         try:
@@ -180,7 +195,7 @@ class EvalRun:
             kept = self.answers.kept(number)
             if self._backend is None:
                 self._backend = open_backend(self.config, self.servers)
-            found = self._backend.answer(self._asks(number, kept), self.config.batch_size)
+            found = self._backend.answer(self._asks(number, kept), self.config.batch_size, done)
             facts = _stable(self._backend.facts()) | {"draws": self._backend.draws}
             self.answers.publish(number, facts, kept, found)
             self._log_errors(found)
@@ -199,25 +214,22 @@ class EvalRun:
     # ---- scores ----
 
     def _score(self) -> dict:
-        """samples.jsonl and results.json from the answers."""
+        """samples.jsonl and results.json from the answers; InputError where no question has one."""
         digest = self.answers.digest()
         facts, answers = self.answers.read()
         measured = Measured(self._judge(answers), self._compare(answers))
         samples = [make_sample(question, self.data, answers[question.id], measured) for question in self.data.questions]
-        results = {**summarize(samples, self.config.protocol), **self._facts(facts, measured)}
-        results["hashes"] = {**self.hashes, "answers": digest}
+        notes = run_notes(self.data, facts, answers, measured)
+        if all(answers[sample["id"]].error is not None for sample in samples):
+            raise InputError(f"nothing to score: {notes[0]}")
+        results = {**summarize(samples, self.config.protocol), **self._facts(facts, notes)}
         if self._features:
             for task_id, found in self._distances(answers).items():
                 results["tasks"][task_id]["fid"] = found
-        passing = sum(answers[question.id].passing for question in self.data.questions)
-        if passing or results["coverage"]["unjudged"]:
-            log(
-                f"eval: servers left {passing} questions without an answer and {results['coverage']['unjudged']} "
-                "answers without a verdict; the same command asks for these again"
-            )
         write_lines(self.folder / SAMPLES_FILE, samples)
-        write_json(self.folder / RESULTS_FILE, results)
-        return results
+        made_from = {"answers": digest, "samples": hash_file(self.folder / SAMPLES_FILE)}
+        write_json(self.folder / RESULTS_FILE, {**results, "hashes": {**self.hashes, **made_from}})
+        return read_json(self.folder / RESULTS_FILE)
 
     def _judge(self, answers: dict[str, Given]) -> dict | None:
         cases = judge_cases(self.data.questions, answers)
@@ -243,43 +255,60 @@ class EvalRun:
             measured = distances([q.path for q in rows if q.path], drawn, self._features)
             if measured:
                 found[task_id] = measured
+            else:
+                log(f"eval: {task_id}: no FID, which takes at least two pictures drawn and two to compare with")
         return found
 
-    def _announce(self, what: str, expected: dict) -> None:
-        """Say what a server will cost; InputError if that is over the budget."""
+    def _expected_judge(self) -> dict:
+        """What judging will take, before there are answers: as if each were as long as it may be."""
+        answers = {ask.id: Given("word " * (ask.new_tokens or OPEN_END)) for ask in self.asks}
+        cases = judge_cases(self.data.questions, answers)
+        return estimate(cases, self.servers.judge.prompts, self.servers.judge_prices)
+
+    def _announce(self, what: str, expected: dict, before: float = 0.0) -> float:
+        """Say what a server will cost, and return it; InputError if that and `before` are more than the budget has.
+
+        Of a run that is continued nobody knows how much is paid already, so it goes on until the budget is spent.
+        """
         usd, budget = expected["usd"], self.config.budget
-        cost = "at a price that is not known" if usd is None else f"about {usd:.2f} USD"
+        if usd is None:
+            cost = "at a price that is not known"
+        else:
+            cost = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
         tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
         log(f"eval: {what}: {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
-        if budget and usd is not None and usd > budget - self.servers.meter.usd:
-            raise InputError(
-                f"--budget {budget:g}: {what} may cost about {usd:.2f} USD; raise it, or ask less by --limit"
-            )
+        spent = self.servers.meter.usd + before
+        if budget and usd is not None and not self.servers.continued and spent + usd > budget:
+            already = f", beside {spent:.4f} USD before it" if spent else ""
+            what = f"{what} may cost about {usd:.4f} USD{already}"
+            raise InputError(f"--budget {budget:g}: {what}; raise it, or ask less with --limit")
+        return usd or 0.0
 
     # ---- facts ----
 
     def _settings(self) -> dict:
         config, judge = self.config, self.servers.judge
         return {
-            **settings_of(config, "ckpt", "vqgan", "backend", "model", "tasks", "limit", "protocol", "max_new_tokens"),
+            **settings_of(config, "ckpt", "vqgan", "backend", "model", "limit", "max_new_tokens"),
             **settings_of(config, "judge", "fid", "batch_tokens"),
             "precision": precision_name(config),
             "prompt_form": self.form,
             "clip": self.encoder_name,
-            "api_url": self.servers.backend and self.servers.backend.client.url,
+            "tasks": ",".join(sorted(comma_list(config.tasks))),
             "judge_model": judge and judge.client.model,
-            "judge_url": judge and judge.client.url,
             "judge_prompts": judge and judge.prompts.sha256,
             # The prefix sorts behind the flags, so that a changed flag is named before the hashes that it changes.
             **{f"sha256_{name}": value for name, value in self.hashes.items()},
         }
 
-    def _facts(self, backend: dict, measured: Measured) -> dict:
+    def _facts(self, backend: dict, notes: list[str]) -> dict:
         """What results.json says beside figures."""
         judge = self.servers.judge
+        if self.config.clip == "auto" and self.encoder_name == "none":
+            notes = [*notes, f"no image-text similarities: {available()}"]
         return {
             "skipped": self.data.skipped,
-            "notes": self._notes(backend, measured),
+            "notes": notes,
             "data": str(self.data.folder.resolve()),
             **settings_of(self.config, "ckpt", "limit"),
             "backend": backend,
@@ -288,23 +317,6 @@ class EvalRun:
             "prompt_form": self.form,
             "versions": versions(),
         }
-
-    def _notes(self, backend: dict, measured: Measured) -> list[str]:
-        questions = self.data.questions
-        notes = []
-        odd = sum(q.answer not in GOLD[q.task.kind] for q in questions if q.task.kind in GOLD)
-        if odd:
-            notes.append(
-                f"{odd} gold answers are not written as yes, no or A to D exactly; "
-                "medmax-v1 never counts such a row right"
-            )
-        if measured.verdicts is None and any(q.task.judged for q in questions):
-            notes.append("no judge: open answers, visual chats and interleaved answers are compared word by word only")
-        if self.config.clip == "auto" and self.encoder_name == "none":
-            notes.append(f"no image-text similarities: {available()}")
-        if any(q.task.kind == "interleaved" for q in questions) and backend.get("draws") is False:
-            notes.append("the model does not draw: interleaved answers are text alone")
-        return notes + missing()
 
 
 def _stable(facts: dict) -> dict:

@@ -133,6 +133,8 @@ def open_encoder(name: str, device) -> Encoder:
     if name == "biomedclip" or name.startswith(HUB_PREFIX):
         return _open_open_clip(BIOMEDCLIP if name == "biomedclip" else name, None, device)
     folder = Path(name)
+    if folder.is_file():
+        raise InputError(f"--clip {name}: a file, expected a folder or a name on the hub")
     if folder.is_dir():
         if (folder / OPEN_CLIP_CONFIG).exists():
             return _open_open_clip(name, folder, device)

@@ -69,6 +69,14 @@ TASKS = (
 GOLD = {"yes_no": ("yes", "no"), "letter": ("A", "B", "C", "D")}
 
 
+def known_tasks() -> list[str]:
+    """Task names with their question types, such as `slake (closed, open)`."""
+    kinds: dict[str, list[str]] = {}
+    for task in TASKS:
+        kinds.setdefault(task.name, []).append("any" if task.question_type == "*" else task.question_type)
+    return [f"{name} ({', '.join(types)})" for name, types in kinds.items()]
+
+
 def find_task(name: str, question_type: str) -> Task | None:
     """The table's row for a task name and question type, or None."""
     for task in TASKS:

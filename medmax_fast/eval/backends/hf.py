@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -99,7 +99,7 @@ class HFBackend:
             "decoding": "greedy, no repetition penalty, the model's own chat template",
         }
 
-    def answer(self, asks: list[Ask], batch_size: int) -> list[Answer]:
+    def answer(self, asks: list[Ask], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """One answer for every ask, in their order; the more asks a call has, the better its batches.
 
         An image that cannot be used, or a prompt that the processor refuses, is the error of its own ask alone. Where
@@ -121,6 +121,7 @@ class HFBackend:
                 answers |= broken
                 if batch:
                     answers |= self._answer(batch, inputs)
+                done(len(broken) + len(batch))
         return [answers[prompt.place] for prompt in prompts]
 
     def _prepare(self, waiting: deque, images: "_Images", ahead: ThreadPoolExecutor) -> Future | None:

@@ -4,6 +4,8 @@ A question of one new id costs a prefill and nothing else: the first id is the a
 1,026 ids once for all questions about it that stand in one call.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from medmax_fast.eval.backends.protocol import Answer, Ask
@@ -29,9 +31,10 @@ class NativeBackend:
         engine = Engine.from_checkpoint(checkpoint, device=device, precision=precision)
         return cls(engine, ckpt, checkpoint.draws)
 
-    def answer(self, asks: list[Ask], batch_size: int) -> list[Answer]:
+    def answer(self, asks: list[Ask], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """One answer per ask; see eval/backends/protocol.py."""
-        results = self._engine.generate([self._request(ask) for ask in asks], batch_size=batch_size)
+        requests = [self._request(ask) for ask in asks]
+        results = self._engine.generate(requests, batch_size, progress=lambda _: done(1))
         pictures = [piece["codes"] for result in results for piece in result.content if piece["type"] == "image"]
         pixels = iter(self._engine.decode_images(np.array(pictures)) if pictures else ())
         return [self._answer(result, pixels) for result in results]

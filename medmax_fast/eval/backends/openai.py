@@ -9,6 +9,7 @@ import base64
 import contextlib
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from medmax_fast.data.images import ImageError, Picture, decode, read_file
@@ -33,7 +34,7 @@ class OpenAIBackend:
         assert concurrency >= 1, concurrency
         self.client, self._concurrency = client, concurrency
 
-    def answer(self, asks: list[Ask], batch_size: int) -> list[Answer]:
+    def answer(self, asks: list[Ask], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """Answers in order of completion; InputError (BudgetSpent among them) for what ends the run.
 
         Then, and when interrupted, what has begun is waited for and kept in the client's cache, and the client stops.
@@ -43,7 +44,10 @@ class OpenAIBackend:
             ending.callback(pool.shutdown, wait=False, cancel_futures=True)
             ending.callback(self.client.stop)
             futures = [pool.submit(self._answer, ask) for ask in asks]
-            answers = [future.result() for future in as_completed(futures)]
+            answers = []
+            for future in as_completed(futures):
+                answers.append(future.result())
+                done(1)
             ending.pop_all()
         return answers
 

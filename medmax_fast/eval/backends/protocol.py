@@ -1,5 +1,6 @@
 """What an evaluation asks of a model and gets back, whatever the model: the protocol that every backend follows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,10 +54,11 @@ class Backend(Protocol):
 
     draws: bool | None
 
-    def answer(self, asks: list[Ask], batch_size: int) -> list[Answer]:
+    def answer(self, asks: list[Ask], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """One answer for every ask, in any order, at most batch_size at a time; InputError only for what ends the run.
 
-        An ask that cannot be answered gets an Answer with `error`, and the others go on.
+        An ask that cannot be answered gets an Answer with `error`, and the others go on. done(n) is called whenever n
+        more asks are answered, in this thread.
         """
 
     def facts(self) -> dict:

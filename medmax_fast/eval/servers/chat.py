@@ -35,6 +35,9 @@ from medmax_fast.eval.servers.spending import Meter
 from medmax_fast.runtime import InputError, log
 
 RETRIED = (408, 409, 429)
+# By the flag that names a server: that of its model's price, and the variables that hold its key.
+PRICE_FLAGS = {"--api-url": "--price", "--judge-url": "--judge-price"}
+KEY_NAMES = {"--api-url": "OPENAI_API_KEY", "--judge-url": "MEDMAX_JUDGE_API_KEY or OPENAI_API_KEY"}
 # What ends the run only before a server has answered anything.
 DOUBTED = (401, 403, 404)
 # Asks in a row that get no answer after all their tries, before a server is taken for gone.
@@ -100,11 +103,12 @@ class ChatClient:
         self._secrets = Secrets(key, encoded, *login[1:], *(value for _, value in self._query))
         if self.meter.budget and prices is None:
             limit = f"--budget {self.meter.budget:g}"
-            raise InputError(f"{limit}: the price of {model!r} is not known, give it with --price or --judge-price")
+            raise InputError(f"{limit}: the price of {model!r} is not known, give it with {PRICE_FLAGS[flag]}")
         self._http = _open(self.url, flag, key, login, timeout)
         self._lock, self._stopped = threading.Lock(), threading.Event()
         # Whether this server has ever answered, and how many asks have gone unanswered since it last did.
         self._answered, self._unanswered = False, 0
+        self._has_key = bool(key or login)
         # The sequence of random.random() belongs to those who seed it.
         self._random = random.Random()
         self._dropped: set[str] = set()
@@ -243,7 +247,8 @@ class ChatClient:
         where, said = f"{self._flag} {self.url}", self._describe(status, content)
         # OpenRouter's 403 for content that it does not let through concerns one request.
         if status == 401 or (status == 403 and "flagged" not in said):
-            raise InputError(f"{where}: the server refuses the API key, or wants one ({said})")
+            what = "the server refuses the key of" if self._has_key else "the server wants a key, set"
+            raise InputError(f"{where}: {what} {KEY_NAMES[self._flag]} ({said})")
         if status == 404:
             raise InputError(f"{where}: no model {self.model!r} or no chat completions there ({said})")
         if status == 402 or (status == 429 and "insufficient_quota" in said):
