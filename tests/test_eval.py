@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_clip import make_clip
 
 from medmax_fast.config import EvalConfig
+from medmax_fast.eval import answering
 from medmax_fast.eval import run as eval_run
 from medmax_fast.eval.backends.protocol import Answer
 from medmax_fast.eval.run import evaluate
@@ -327,7 +328,7 @@ def test_rows_that_repeat_are_noted(config, tmp_path):
 
 def test_progress_is_shown_while_a_model_answers(config, monkeypatch):
     shown = []
-    monkeypatch.setattr(eval_run.Progress, "update", lambda self, done, note=str: shown.append(done))
+    monkeypatch.setattr(answering.Progress, "update", lambda self, done, note=str: shown.append(done))
     evaluate(config, Scripted())
     sizes = batch_sizes(config)
     # When a batch is kept, and before that as its answers come.
@@ -518,7 +519,8 @@ def test_under_torchrun(real, tmp_path):
 
 def test_a_run_that_is_scored_elsewhere_is_waited_for(config, tmp_path, monkeypatch):
     """Two processes finish together: one scores, the other reads what it wrote."""
-    monkeypatch.setattr(eval_run, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(eval_run, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(answering, "POLL_SECONDS", 0.05)
     processes = [start(config, tmp_path) for _ in range(3)]
     for process in processes:
         process.join(60)

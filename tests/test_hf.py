@@ -221,7 +221,7 @@ def test_files_are_decoded_once_and_as_everywhere(llava, pictures, tmp_path, mon
 
     monkeypatch.setattr(type(llava.processor.image_processor), "preprocess", preprocess)
     asks = [ask(str(i), path, "What? " * i) for i in range(5) for path in (*pictures, str(deep))]
-    llava.answer([*asks, ask("twice", str(deep), str(deep), "the same?")], 4)
+    llava.answer([*asks, ask("twice", str(deep), str(deep), "the same?")], 4, quiet)
     assert sorted(read) == sorted([*pictures, str(deep)])
     expected = image_files.decode(deep.read_bytes(), "deep", packed=True).pixels
     assert sum(pixels.shape == expected.shape and (pixels == expected).all() for pixels in seen) == 7

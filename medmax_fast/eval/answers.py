@@ -35,6 +35,10 @@ class Answers:
         """File on whose bytes processes hold locks: byte n for batch n, the one after the last for the scoring."""
         return self._folder / "claims"
 
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
     def left(self) -> list[int]:
         """Batches without their file."""
         return [number for number in range(len(self._batches)) if self.state(number) is None]

@@ -12,7 +12,7 @@ from medmax_fast.eval.judge import Judge, load_prompts
 from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
 from medmax_fast.eval.servers.spending import Meter, price_of
 from medmax_fast.eval.similarity import available
-from medmax_fast.runtime import InputError, comma_list, hash_folder, pick_device, pick_dtype, require_at_least
+from medmax_fast.runtime import InputError, comma_list, hash_folder, log, pick_device, pick_dtype, require_at_least
 
 OPENAI = "https://api.openai.com/v1"
 # Environment variables that hold keys, the first that is set.
@@ -51,6 +51,25 @@ class Servers:
     continued: bool
     prices: tuple[float, float] | None
     judge_prices: tuple[float, float] | None
+
+    def announce(self, what: str, expected: dict, before: float = 0.0) -> float:
+        """Say what a server will cost, and return it; InputError if that and `before` are more than the budget has.
+
+        Of a run that is continued nobody knows how much is paid already, so it goes on until the budget is spent.
+        """
+        usd, budget = expected["usd"], self.meter.budget
+        if usd is None:
+            cost = "at a price that is not known"
+        else:
+            cost = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
+        tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
+        log(f"eval: {what}: {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
+        spent = self.meter.usd + before
+        if budget and usd is not None and not self.continued and spent + usd > budget:
+            already = f", beside {spent:.4f} USD before it" if spent else ""
+            what = f"{what} may cost about {usd:.4f} USD{already}"
+            raise InputError(f"--budget {budget:g}: {what}; raise it, or ask less with --limit")
+        return usd or 0.0
 
 
 def check_flags(config: EvalConfig, backend: Backend | None) -> None:

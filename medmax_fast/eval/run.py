@@ -9,14 +9,14 @@ interrupted. results.json names the answers that it was made from; where they ha
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from medmax_fast.config import EvalConfig, settings_of
 from medmax_fast.data.claims import Claims
+from medmax_fast.eval.answering import POLL_SECONDS, Answering, stable
 from medmax_fast.eval.answers import Answers, write_lines
 from medmax_fast.eval.asking import OPEN_END, ask_of, batches, prompts_hash
-from medmax_fast.eval.backends.protocol import Answer, Ask, Backend
+from medmax_fast.eval.backends.protocol import Backend
 from medmax_fast.eval.distances import distances, open_features
 from medmax_fast.eval.judge import estimate
 from medmax_fast.eval.notes import run_notes
@@ -26,10 +26,8 @@ from medmax_fast.eval.opening import (
     can_draw,
     check_flags,
     encoder_name,
-    estimate_asks,
     lacking,
     model_hash,
-    open_backend,
     open_servers,
     precision_name,
     prompt_form,
@@ -54,8 +52,6 @@ from medmax_fast.runtime import (
 
 SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
-# How long a process without work waits before it looks again.
-_POLL_SECONDS = 0.5
 
 
 def evaluate(config: EvalConfig, backend: Backend | None = None) -> dict:
@@ -77,7 +73,7 @@ class EvalRun:
     """One process's part in an evaluation."""
 
     def __init__(self, config: EvalConfig, data: EvalData, backend: Backend | None):
-        self.config, self.data, self._backend = config, data, backend
+        self.config, self.data = config, data
         self.form, self.encoder_name = prompt_form(config), encoder_name(config)
         self.asks = [ask_of(question, self.form, config.max_new_tokens) for question in data.questions]
         self.hashes = {
@@ -89,15 +85,16 @@ class EvalRun:
         self.servers = open_servers(config, Path(config.output) / REPLIES)
         self.encoder = None
         self.folder = open_output(config.output, "eval", self._settings())
-        self.batches = batches(data, self.asks, batch_budget(config))
-        self.answers = Answers(self.folder, [[data.questions[i].id for i in batch] for batch in self.batches])
+        plan = [[self.asks[i] for i in batch] for batch in batches(data, self.asks, batch_budget(config))]
+        self.answers = Answers(self.folder, [[ask.id for ask in batch] for batch in plan])
+        self.answering = Answering(config, plan, self.answers, self.servers, backend)
 
     def run(self) -> dict:
         """Answer what is left, then score, or wait for the process that does."""
         if rank_and_world()[0]:
             # The first rank asks again, scores and reports.
             with Claims(self.answers.claims_path) as claims:
-                self._answer(claims, {})
+                self.answering.work(claims, {})
             return {}
         again = self.answers.to_ask_again()
         results = None if again else self._finished()
@@ -105,11 +102,9 @@ class EvalRun:
             # Opened before the model answers for hours only to find that there is no encoder.
             self._open_measures()
             with Claims(self.answers.claims_path) as claims:
-                self._answer(claims, again)
-                # Not needed any more, and the encoder may want its memory.
-                self._backend = None
-                while not claims.take(len(self.batches)):
-                    time.sleep(_POLL_SECONDS)
+                self.answering.work(claims, again, self._expected_judge() if self.servers.judge else None)
+                while not claims.take(len(self.answers)):
+                    time.sleep(POLL_SECONDS)
                 # Another process started by hand may have been faster.
                 results = self._finished() or self._score()
         for task_id, row in results["skipped"].items():
@@ -145,73 +140,13 @@ class EvalRun:
             self.encoder = open_encoder(self.encoder_name, device)
         self._features = open_features(self.config.fid, self.encoder, device) if "drawing" in kinds else None
 
-    # ---- answers ----
-
-    def _answer(self, claims: Claims, again: dict[int, tuple]) -> None:
-        """Claim and answer batches until all are done, by whomever; again: those to be replaced, with their states."""
-        left = self._left(again)
-        if not left:
-            return
-        done = len(self.asks) - sum(len(self.batches[number]) for number in left)
-        if done:
-            log(f"eval: {done} of {len(self.asks)} questions are already answered in {self.folder}")
-        # A wrong address or key is better known before a model has answered for hours.
-        for asker in (self.servers.backend, self.servers.judge):
-            if asker:
-                asker.client.check()
-        asks = [ask for number in left for ask in self._asks(number, self.answers.kept(number))]
-        if again:
-            log(f"eval: {len(again)} batches hold questions that a server left without an answer; they are asked again")
-        usd = self._announce("the questions", estimate_asks(asks, self.servers.prices)) if self.servers.backend else 0.0
-        if self.servers.judge:
-            self._announce("the judge afterwards", self._expected_judge(), usd)
-        with Progress("eval (questions)", len(self.asks), done) as bar:
-            while left:
-                worked = False
-                for number in left:
-                    if self._answer_batch(number, claims, again, lambda n: bar.update(bar.done + n)):
-                        worked = True
-                        bar.update(len(self.asks) - sum(len(self.batches[n]) for n in self._left(again)))
-                if not worked:
-                    # The rest is in other processes' hands; should one of them die, its claims become free.
-                    time.sleep(_POLL_SECONDS)
-                left = self._left(again)
-
-    def _left(self, again: dict[int, tuple]) -> list[int]:
-        """Batches that are not there, and those that are as they were when they were found to be asked again."""
-        return self.answers.left() + [n for n, state in again.items() if self.answers.state(n) == state]
-
-    def _asks(self, number: int, kept: dict) -> list[Ask]:
-        return [self.asks[i] for i in self.batches[number] if self.asks[i].id not in kept]
-
-    def _answer_batch(self, number: int, claims: Claims, again: dict, done: Callable[[int], None]) -> bool:
-        """Answer one batch if nobody else has it; whether it was done here. done: told of answers as they come."""
-        if not claims.take(number):
-            return False
-        try:
-            # It may have been published between the look and the claim.
-            if self.answers.state(number) not in (None, again.get(number)):
-                return False
-            kept = self.answers.kept(number)
-            if self._backend is None:
-                self._backend = open_backend(self.config, self.servers)
-            found = self._backend.answer(self._asks(number, kept), self.config.batch_size, done)
-            facts = _stable(self._backend.facts()) | {"draws": self._backend.draws}
-            self.answers.publish(number, facts, kept, found)
-            self._log_errors(found)
-        finally:
-            claims.give_back(number)
-        return True
-
-    @staticmethod
-    def _log_errors(answers: list[Answer]) -> None:
-        errors = [answer for answer in answers if answer.error is not None]
-        for answer in errors[:3]:
-            log(f"{answer.id}: {answer.error}")
-        if len(errors) > 3:
-            log(f"and {len(errors) - 3} more questions of this batch got no answer")
-
     # ---- scores ----
+
+    def _expected_judge(self) -> dict:
+        """What judging will take, before there are answers: as if each were as long as it may be."""
+        answers = {ask.id: Given("word " * (ask.new_tokens or OPEN_END)) for ask in self.asks}
+        cases = judge_cases(self.data.questions, answers)
+        return estimate(cases, self.servers.judge.prompts, self.servers.judge_prices)
 
     def _score(self) -> dict:
         """samples.jsonl and results.json from the answers; InputError where no question has one."""
@@ -236,7 +171,7 @@ class EvalRun:
         if self.servers.judge is None:
             return None
         if cases:
-            self._announce("the judge", estimate(cases, self.servers.judge.prompts, self.servers.judge_prices))
+            self.servers.announce("the judge", estimate(cases, self.servers.judge.prompts, self.servers.judge_prices))
         with Progress("eval (verdicts)", len(cases)) as bar:
             return self.servers.judge.verdicts(cases, lambda: bar.update(bar.done + 1))
 
@@ -258,31 +193,6 @@ class EvalRun:
             else:
                 log(f"eval: {task_id}: no FID, which takes at least two pictures drawn and two to compare with")
         return found
-
-    def _expected_judge(self) -> dict:
-        """What judging will take, before there are answers: as if each were as long as it may be."""
-        answers = {ask.id: Given("word " * (ask.new_tokens or OPEN_END)) for ask in self.asks}
-        cases = judge_cases(self.data.questions, answers)
-        return estimate(cases, self.servers.judge.prompts, self.servers.judge_prices)
-
-    def _announce(self, what: str, expected: dict, before: float = 0.0) -> float:
-        """Say what a server will cost, and return it; InputError if that and `before` are more than the budget has.
-
-        Of a run that is continued nobody knows how much is paid already, so it goes on until the budget is spent.
-        """
-        usd, budget = expected["usd"], self.config.budget
-        if usd is None:
-            cost = "at a price that is not known"
-        else:
-            cost = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
-        tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
-        log(f"eval: {what}: {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
-        spent = self.servers.meter.usd + before
-        if budget and usd is not None and not self.servers.continued and spent + usd > budget:
-            already = f", beside {spent:.4f} USD before it" if spent else ""
-            what = f"{what} may cost about {usd:.4f} USD{already}"
-            raise InputError(f"--budget {budget:g}: {what}; raise it, or ask less with --limit")
-        return usd or 0.0
 
     # ---- facts ----
 
@@ -312,16 +222,11 @@ class EvalRun:
             "data": str(self.data.folder.resolve()),
             **settings_of(self.config, "ckpt", "limit"),
             "backend": backend,
-            "judge": _stable(judge.facts()) if judge else None,
+            "judge": stable(judge.facts()) if judge else None,
             "clip": self.encoder.facts() if self.encoder else None,
             "prompt_form": self.form,
             "versions": versions(),
         }
-
-
-def _stable(facts: dict) -> dict:
-    """Facts without those that differ between runs that are otherwise the same."""
-    return {name: value for name, value in facts.items() if name != "usage"}
 
 
 def _images_hash(data: EvalData) -> str:
