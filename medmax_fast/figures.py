@@ -145,12 +145,14 @@ def _tasks(runs: Mapping[str, Mapping]) -> list[str]:
 def _draw_bars(axes, runs: Mapping, tasks: Sequence[str], published) -> None:
     width = 0.8 / len(runs)
     for i, (name, values) in enumerate(runs.items()):
-        color, _, _, hatch = SERIES[i % len(SERIES)]
+        color, _, marker, hatch = SERIES[i % len(SERIES)]
         places, means, errors = _own(values, tasks, i, width, 100)
         axes.bar(places, means, width, color=color, hatch=hatch, edgecolor="white", label=name)
         # White below black, so that the lower half shows on a dark bar.
         for ecolor, lw in (("white", 3), ("black", 1)):
             axes.errorbar(places, means, errors, fmt="none", ecolor=ecolor, capsize=3, lw=lw)
+        # By which a bar of nothing is seen, and whose it is.
+        axes.plot(places, means, marker, color=color, mec="white", ms=5, zorder=3)
     axes.plot(*_published(tasks, published), "D", mfc="white", mec="black", ms=7, label=_published_label(published))
     names = [task.rpartition("_")[0] + "\n" + task.rpartition("_")[2] for task in tasks]
     axes.set_xticks(range(len(tasks)), names, fontsize=9)

@@ -242,13 +242,13 @@ def test_ours_stand_beside_the_published_rows(runs, tmp_path):
         row[0][1]: ([text for _, text in row[1:]], kind) for row, kind in zip(page.rows, page.row_classes, strict=True)
     }
     # before: yes/no 1 of 2, letters 0 of 2; after: 2 of 2 and 1 of 2.
-    assert rows["before (medmax-v1)"] == (["25.0", "50.0", "0.0", "-"], None)
-    assert rows["after (medmax-v1)"] == (["75.0", "100.0", "50.0", "-"], None)
+    assert rows["before (medmax-v1)"] == (["25.0", "-", "50.0", "0.0"], None)
+    assert rows["after (medmax-v1)"] == (["75.0", "-", "100.0", "50.0"], None)
     published = [name for name in rows if name.endswith("(published)")]
     assert published == [f"{model} (published)" for model in PUBLISHED]
     cells, kind = rows["MedMax-7B (published)"]
     # Mean of 75.3 and 49.3, the two, and the printed mean of twelve.
-    assert (cells, kind) == (["62.3", "75.3", "49.3", "65.5"], "published")
+    assert (cells, kind) == (["62.3", "65.5", "75.3", "49.3"], "published")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "were not measured by this package" in text
     assert text.count("Skipped: slake_open (7 rows): asked without a judge.") == 2

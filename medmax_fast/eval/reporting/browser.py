@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from medmax_fast.config import PROTOCOLS
 from medmax_fast.eval.reporting.details import amount
 from medmax_fast.page import FOLDING, OUTPUT, plain, table
 from medmax_fast.pictures import Pictures
@@ -106,8 +107,11 @@ def _output(sample: dict | None, run: EvalRun, size: int, pictures: Pictures) ->
 
 
 def _notes(sample: dict, protocol: str) -> str:
-    """The similarity of an interleaved answer's picture, and what the judge said."""
+    """What the other protocol says, the similarity of an interleaved answer's picture, and what the judge said."""
     similar, judge, notes = (sample["image_similarity"] or {}).get(protocol), sample["judge"], []
+    (other,) = (name for name in PROTOCOLS if name != protocol)
+    if None not in sample["scores"].values() and sample["scores"][other] != sample["scores"][protocol]:
+        notes.append(f"{other}: {_verdict(sample, sample['metric'], other)}")
     if similar is not None:
         notes.append(f"image {amount('similarity', similar)}")
     if judge and len(judge["scores"] or ()) == 2:

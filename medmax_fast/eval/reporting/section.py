@@ -151,7 +151,7 @@ def comparison_rows(results: dict[str, dict]) -> list[dict]:
 
 def _accuracy_row(label: str, values: dict[str, float], tasks: list[str], mean_of_12: str) -> dict:
     cells = {task: f"{values[task]:.1f}" if task in values else "-" for task in tasks}
-    return {"model": label, "mean of these": _mean(values, tasks), **cells, "mean of 12": mean_of_12}
+    return {"model": label, "mean of these": _mean(values, tasks), "mean of 12": mean_of_12, **cells}
 
 
 def _mean(values: dict[str, float], tasks) -> str:
