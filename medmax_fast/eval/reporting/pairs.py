@@ -48,7 +48,8 @@ def _row(row: dict, metric: str, adjusted: float) -> dict:
         "n": row["n"],
         "images": row["images"],
         "difference": in_unit(metric, row["difference"], "+"),
-        "95 % interval": "-" if row["low"] is None else " to ".join(ends),
+        # A point is what t makes of equal differences about a few images; it says nothing.
+        "95 % interval": "-" if row["low"] == row["high"] else " to ".join(ends),
         "p": _p(row["p_value"]),
         "p, Holm": f"**{_p(adjusted)}**" if adjusted < SIGNIFICANT else _p(adjusted),
     }
