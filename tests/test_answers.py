@@ -76,6 +76,21 @@ def test_errors_that_may_have_passed_are_asked_again(answers):
     assert answers.digest() == once
 
 
+def test_facts_of_kept_answers_are_kept(answers):
+    publish_all(answers)
+    told = {"model": "m", "reported": ["a"], "dropped": ["seed"]}
+    answers.publish(2, told, {}, [said("d"), said("e"), Answer("f", error="down", passing=True)])
+    digest = answers.digest()
+    answers.publish(2, {"model": "m", "reported": ["b"], "dropped": []}, answers.kept(2), [said("f")])
+    facts, _ = answers.read()
+    assert (facts["reported"], facts["dropped"]) == (["a", "b"], ["seed"]) and answers.digest() != digest
+    with pytest.raises(InputError, match="answers by models of model 'm' and 'other'"):
+        answers.publish(2, {"model": "other"}, answers.kept(2), [])
+    with pytest.raises(InputError, match="answers by models of model 'm' and 'other'"):
+        answers.check_model({"model": "other"})
+    answers.check_model({"model": "m", "kind": "test"})
+
+
 def test_answers_of_two_models_are_not_one_run(answers):
     for number, batch in enumerate(BATCHES):
         answers.publish(number, {"kind": "hf", "revision": "ab"[number % 2]}, {}, map(said, batch))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_server import serve
 from eval_folder import CHAT, make_folder
 from PIL import Image
 from tiny_clip import make_clip
@@ -30,7 +31,7 @@ ROWS = [
     ("vqa_rad", "closed", "Is it enlarged?", "no", "images/b.png", " normal"),
     ("vqa_rad", "closed", "Is it normal?", "no", "images/a.png", " yes"),
     ("pmc_vqa", "mcq", "Which? A: x B: y C: z D: w", "B", "images/b.png", " B"),
-    ("pmc_vqa", "mcq", "What? A: x B: y C: z D: w", "A", "images/a.png", "a"),
+    ("pmc_vqa", "mcq", "What? A: x B: y C: z D: w", "A", "images/a.png", "A."),
     ("vqa_rad", "open", "What is shown?", "a lung", "images/a.png", "the lung"),
     ("image_captioning", "quilt", "", "A slide.", "images/b.png", "A slide."),
     ("mm_out", "pmc", "Draw it", "free text", "images/b.png", "text"),
@@ -109,15 +110,17 @@ def test_results_by_hand(config):
     assert rad["stderr_clustered"] == pytest.approx((2 * (1 / 9 + 1 / 9)) ** 0.5 / 3)
     assert rad["coverage"] == {"answered": 2, "unparsed": 1, "failed": 0, "unjudged": 0}
     assert rad["ci_method"] == "wilson" and rad["ci95"][0] < 2 / 3 < rad["ci95"][1]
-    assert pmc["accuracy"] == 1.0 and pmc["by_protocol"]["strict"] == 0.5
-    assert saved["average"] == pytest.approx((2 / 3 + 1) / 2) and saved["average_tasks"] == 2
-    assert saved["average_by_protocol"]["strict"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    # Shares of the mean: a has (1 - 2 * 2/3) / 6, b has 1/18; the letters are all right.
-    assert saved["average_stderr"] == pytest.approx((2 * 2 / 18**2) ** 0.5)
-    # The two intervals put together, as neither task alone is more certain than its own.
-    ends = [task["ci95"] for task in (rad, pmc)]
-    below = ((2 / 3 - ends[0][0]) ** 2 + (1 - ends[1][0]) ** 2) ** 0.5 / 2
-    assert saved["average_ci95"] == pytest.approx([5 / 6 - below, min(5 / 6 + (ends[0][1] - 2 / 3) / 2, 1)])
+    assert pmc["accuracy"] == 0.5 and pmc["by_protocol"]["strict"] == 1.0
+    assert saved["average"] == pytest.approx((2 / 3 + 1 / 2) / 2) and saved["average_tasks"] == 2
+    assert saved["average_by_protocol"]["strict"] == pytest.approx((1 / 3 + 1) / 2)
+    # Shares of the mean: image a has (1 - 2 * 2/3) / 6 and (0 - 1/2) / 4, b the opposite.
+    share = 1 / 18 + 1 / 8
+    assert saved["average_stderr"] == pytest.approx((2 * 2 * share**2) ** 0.5)
+    # The two intervals put together, wider by what the images do to both tasks alike.
+    errors = [task["stderr_clustered"] for task in (rad, pmc)]
+    wider = 2 * share / ((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
+    below, above = (wider * ((2 / 3 - rad["ci95"][k]) ** 2 + (1 / 2 - pmc["ci95"][k]) ** 2) ** 0.5 / 2 for k in (0, 1))
+    assert wider > 1 and saved["average_ci95"] == pytest.approx([max(7 / 12 - below, 0), min(7 / 12 + above, 1)])
     assert saved["protocol"] == "medmax-v1" and saved["unit"] == "fraction" and saved["n"] == 9
     # Without a judge and an encoder: compared word by word.
     opened = saved["tasks"]["vqa_rad_open"]
@@ -291,13 +294,18 @@ def test_results_are_of_the_answers_that_are_there(config, tmp_path):
 def test_another_protocol_is_another_look_at_the_same_answers(config):
     evaluate(config, Scripted())
     strict = evaluate(replace(config, protocol="strict"), Scripted(stop_at=0))
-    assert strict["average"] == pytest.approx((1 / 3 + 1 / 2) / 2) and results_of(config)["protocol"] == "strict"
+    assert strict["average"] == pytest.approx((1 / 3 + 1) / 2) and results_of(config)["protocol"] == "strict"
 
 
 def test_damaged_results_are_made_again(config):
     evaluate(config, Scripted())
     whole = files_of(config)
-    for name, damage in (("samples.jsonl", b"{}"), ("results.json", b"{broken"), ("samples.jsonl", None)):
+    for name, damage in (
+        ("samples.jsonl", b"{}"),
+        ("results.json", b"{broken"),
+        ("results.json", b"[]"),
+        ("samples.jsonl", None),
+    ):
         path = Path(config.output) / name
         path.write_bytes(damage) if damage else path.unlink()
         evaluate(config, Scripted(stop_at=0))
@@ -324,6 +332,21 @@ def test_rows_that_repeat_are_noted(config, tmp_path):
     data = make_folder(tmp_path / "twice", [row[:5] for row in (ROWS[0], ROWS[1], ROWS[0])])
     result = evaluate(replace(config, data=str(data), output=str(tmp_path / "o")), Scripted())
     assert result["notes"] == ["1 rows repeat an earlier one and count again, the first: vqa_rad_closed-00002"]
+
+
+def test_each_protocol_averages_the_tasks_that_it_has(config, tmp_path):
+    """Verdicts that cannot be read leave a task without a published accuracy, and with a strict one of 0."""
+    rows = [ROWS[0][:5], ROWS[5][:5]]
+    data = make_folder(tmp_path / "two", rows)
+    with serve(lambda body: "no verdict of mine") as server:
+        for protocol, tasks in (("medmax-v1", 1), ("strict", 2)):
+            judge = {"judge": "openai", "judge_url": server.url, "judge_model": "m"}
+            output = str(tmp_path / protocol)
+            result = evaluate(replace(config, data=str(data), output=output, protocol=protocol, **judge), Scripted())
+            assert result["average_by_protocol"] == {"medmax-v1": 1.0, "strict": 0.5}
+            assert result["average_tasks"] == tasks and result["average"] == result["average_by_protocol"][protocol]
+            assert result["tasks"]["vqa_rad_open"]["coverage"]["unparsed"] == 1
+            assert "the judge's replies to 1 of 1 answers could not be read" in result["notes"][0]
 
 
 def test_progress_is_shown_while_a_model_answers(config, monkeypatch):

@@ -81,8 +81,8 @@ def test_our_engine_does_every_task(world, good, capsys):
     found = results(world, "native")
     assert (
         json.loads(out.splitlines()[-1])["tasks"] == found["tasks"]
-        and "the judge: 7 requests, about" in err
-        and "the judge afterwards: 7 requests" in err
+        and "the judge: at most 7 requests, about" in err
+        and "the judge afterwards: at most 7 requests" in err
     )
     assert len(found["tasks"]) == TASKS + 1 and not found["skipped"]
     assert found["coverage"]["failed"] == found["coverage"]["unjudged"] == 0
@@ -138,10 +138,8 @@ def test_a_server_that_fails_gives_the_table_of_one_that_behaves(world, good, mo
     assert (world / "bad" / "samples.jsonl").read_bytes() == (world / "good" / "samples.jsonl").read_bytes()
     tables = [results(world, name) for name in ("good", "bad")]
     for table in tables:
-        # The address is among the facts of the model.
-        del table["hashes"]["answers"]
         for part in ("backend", "judge"):
-            assert re.fullmatch(r"http://127.0.0.1:\d+/v1", table[part].pop("url"))
+            assert re.fullmatch(r"http://127.0.0.1:\d+/v1", *table[part].pop("url"))
             assert table[part]["reported"] == [MODEL]
     assert tables[0] == tables[1] and 0.3 < tables[0]["average"] < 0.9
     # The judge and the model alike were asked again until they answered.
@@ -172,13 +170,15 @@ def test_killed_in_the_middle_it_pays_for_nothing_twice(world, good):
     assert results(world, "killed")["tasks"] == results(world, "good")["tasks"]
 
 
-def test_a_judge_that_is_down_is_asked_again(world, good, capsys):
+def test_a_judge_that_is_down_is_asked_again(world, good, capsys, monkeypatch):
+    monkeypatch.setitem(ChatClient.__init__.__kwdefaults__, "backoff", 0.01)
+    monkeypatch.setitem(ChatClient.__init__.__kwdefaults__, "tries", 2)
     flags = server_flags(good.url, tasks="vqa_rad_open,visual_chat_conversation")
     assistant = Assistant(world / "data")
     down = True
 
     def judge(body):
-        refused = (400, {"error": {"message": "content filter"}})
+        refused = (503, {"error": {"message": "down for the night"}})
         return refused if down and body["messages"][0]["role"] == "system" else assistant(body)
 
     with serve(judge) as server:
@@ -190,6 +190,27 @@ def test_a_judge_that_is_down_is_asked_again(world, good, capsys):
         run(world, "down", server.url, flags)
     found, whole = results(world, "down")["tasks"], results(world, "good")["tasks"]
     assert found == {task: whole[task] for task in found} and len(found) == 2
+
+
+def test_a_judge_that_refuses_is_asked_once(world, capsys):
+    """What it will not judge is counted and said, and the run is finished."""
+    assistant = Assistant(world / "data")
+
+    def judge(body):
+        filtered = "computed tomography" in str(body)
+        refused = (400, {"error": {"message": "content filter"}})
+        return refused if body["messages"][0]["role"] == "system" and filtered else assistant(body)
+
+    with serve(judge) as server:
+        flags = server_flags(server.url, tasks="vqa_rad_open")
+        run(world, "refused", server.url, flags)
+        found = results(world, "refused")
+        assert found["coverage"]["unjudged"] == 1 and found["tasks"]["vqa_rad_open"]["counted"] == 2
+        assert "the judge gave no verdict on 1 of 3 answers, the first: " in found["notes"][0]
+        assert "again" not in found["notes"][0]
+        asked = len(server.requests)
+        run(world, "refused", server.url, flags)
+        assert len(server.requests) == asked
 
 
 def test_a_budget_ends_a_run_and_a_larger_one_continues_it(world, good, capsys):

@@ -52,7 +52,7 @@ def test_closed(sample):
 
 def test_open(sample):
     right = check(sample("open", Given("a left lung"), Verdict([1.0], "1")), BOTH, "answered")
-    assert right["judge"] == {"scores": [1.0], "reply": "1", "error": None}
+    assert right["judge"] == {"scores": [1.0], "reply": "1", "error": None, "passing": False}
     assert right["text_metrics"]["token_recall"] == 1.0
     check(sample("open", Given("a rib"), Verdict([0.0])), WRONG, "answered")
     # A verdict that cannot be read leaves the published denominator, and counts as wrong strictly.

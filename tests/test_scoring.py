@@ -1,5 +1,7 @@
 """Hand-computed scoring cases for every quirk of medmax-v1, and what strict makes of the same outputs."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,14 +37,18 @@ YES_NO = [
     # Underscores and digits continue a word; punctuation does not.
     ("no", "no-one", True, True, "no"),
     ("no", "no_1", True, False, None),
+    ("yes", "**Yes**", True, True, "yes"),
+    ("yes", "_Yes_", True, True, "yes"),
+    ("no", "__No__, it is not", True, True, "no"),
 ]
 
 LETTER = [
     ("A", "A", True, True, "A"),
     ("B", " B\n", True, True, "B"),
     ("C", "A", False, False, "A"),
-    # Lower case counts as published, but a bare "a" may be the beginning of "a mass".
-    ("A", "a", True, False, None),
+    ("A", "a", True, True, "A"),
+    ("A", "a mass", False, False, None),
+    ("B", "b) a mass", False, True, "B"),
     ("B", "b", True, True, "B"),
     ("A", "(a)", False, True, "A"),
     # Anything around the letter makes it wrong as published.
@@ -66,6 +72,59 @@ LETTER = [
     ("A", "A-level", False, False, None),
     ("A", "The answer is A.5", False, False, None),
     ("C", "Both B and C", False, False, None),
+    *(
+        ("B", output, False, True, "B")
+        for output in (
+            "The answer is b",
+            "Answer: b.",
+            "The answer is (b)",
+            "B is correct",
+            "B is the best choice",
+            "Final answer: B",
+            "The correct answer is option B",
+            "The answer choice is B",
+            "The most likely answer is B",
+            "[B]",
+            "B!",
+            "Ans: B",
+            "The correct answer would be B.",
+            "\\boxed{B}",
+            "B</s>",
+            "B\u2014pneumonia",
+            "- B",
+            "The answer is __B__",
+            "_B_",
+            "The answer is B because A is a tumour",
+            "B. The mass",
+            "'B'",
+            "B;",
+            "`B`",
+        )
+    ),
+    # Several answers are none, and a letter may begin a word.
+    *(
+        ("A", output, False, False, None)
+        for output in (
+            "A, B",
+            "A, C and D",
+            "Answer: A, B, C",
+            "Answer: A or B",
+            "The answer is A and B",
+            "A: no. B: yes",
+            "A) x B) y C) z D) w",
+            "(A) Pneumonia (B) Effusion",
+            "The answer is A CT scan",
+            "A CT scan",
+            "A/B",
+            "A & B",
+            "An A",
+            "",
+            "?",
+            "Aorta",
+            "A-a gradient",
+        )
+    ),
+    *(("C", output, False, False, None) for output in ("The answer is C-reactive protein", "C-reactive", "C.T. scan")),
     ("A", "A patient", False, False, None),
     ("A", "AB", False, False, None),
     ("A", "A.5", False, False, None),
@@ -84,8 +143,6 @@ def test_hand_computed_cases(kind, cases):
 
 @given(st.text(), st.sampled_from(["yes", "no"]))
 def test_strict_yes_no_is_exactly_one_whole_word(output, gold):
-    import re
-
     words = set(re.findall(r"\w+", output.lower())) & {"yes", "no"}
     assert parse_yes_no(output) == (words.pop() if len(words) == 1 else None)
     # Never right both ways.
@@ -97,7 +154,7 @@ def test_strict_yes_no_is_exactly_one_whole_word(output, gold):
 def test_a_strict_letter_is_a_published_one_after_removing_marks(output):
     letter = parse_letter(output)
     if letter:
-        assert output.strip().lstrip("(")[0].upper() == letter
+        assert re.search("[A-Ea-d]", output)[0].upper() == letter
     if output.strip() in ("A", "B", "C", "D"):
         assert letter == output.strip()
 

@@ -44,7 +44,9 @@ class Answering:
             log(f"eval: {len(again)} batches hold questions that a server left without an answer; they are asked again")
         usd = 0.0
         if self._servers.backend:
-            usd = self._servers.announce("the questions", estimate_asks(asks, self._servers.prices))
+            usd = self._servers.announce(
+                "the questions", estimate_asks(asks, self._config.model, self._servers.prices), 0.0
+            )
         if judging:
             self._servers.announce("the judge afterwards", judging, usd)
         with Progress("eval (questions)", self._total, done) as bar:
@@ -77,6 +79,8 @@ class Answering:
             kept = self._answers.kept(number)
             if self._backend is None:
                 self._backend = open_backend(self._config, self._servers)
+                # Known before it has answered the rest of a run that it has no part in.
+                self._answers.check_model(self._backend.facts())
             found = self._backend.answer(self._asks(number, kept), self._config.batch_size, done)
             facts = stable(self._backend.facts()) | {"draws": self._backend.draws}
             self._answers.publish(number, facts, kept, found)

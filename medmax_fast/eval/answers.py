@@ -17,7 +17,7 @@ from medmax_fast.eval.backends.protocol import Answer
 from medmax_fast.eval.samples import Given
 from medmax_fast.generate.writer import picture_name
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import InputError, atomic_path, hash_file
+from medmax_fast.runtime import InputError, atomic_path
 
 PICTURES = "pictures"
 # Facts of a model that tell one from another.
@@ -67,32 +67,35 @@ class Answers:
         return {name: row for name, row in self._rows(number)[1].items() if not row["passing"]}
 
     def publish(self, number: int, facts: dict, kept: dict[str, dict], answers: Iterable[Answer]) -> None:
-        """Save a whole batch: rows kept from before, and new answers. facts: of the backend that gave them."""
+        """Save a whole batch: rows kept from before, and new answers. facts: of the backend that gave these."""
+        if kept:
+            facts = unite(self._rows(number)[0], facts, self._folder)
         rows = kept | {answer.id: self._row(answer) for answer in answers}
         assert rows.keys() == set(self._batches[number]), "the backend lost or invented answers"
         write_lines(self._path(number), [facts, *(rows[name] for name in self._batches[number])])
 
+    def check_model(self, facts: dict) -> None:
+        """InputError if a batch that is there was answered by another model than the one of these facts."""
+        for number in range(len(self._batches)):
+            if self.state(number):
+                unite(self._rows(number)[0], facts, self._folder)
+
     def digest(self) -> str:
-        """SHA-256 of the files of all batches, which are there."""
-        digests = [hash_file(self._path(number)) for number in range(len(self._batches))]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        """SHA-256 of the answers of all batches, which are there; not of the facts, which tell how they came."""
+        digest = hashlib.sha256()
+        for number in range(len(self._batches)):
+            digest.update(self._path(number).read_bytes().partition(b"\n")[2])
+        return digest.hexdigest()
 
     def read(self) -> tuple[dict, dict[str, Given]]:
-        """(facts of the backend, answers by question id) of all batches; lists in the facts are united.
+        """(facts of the backend, answers by question id) of all batches.
 
-        InputError where batches were answered by different models, as a file that is damaged.
+        InputError where batches were answered by different models, as for a file that is damaged.
         """
         facts, found = {}, {}
         for number in range(len(self._batches)):
             told, rows = self._rows(number)
-            for name, value in told.items():
-                united = facts.setdefault(name, value)
-                if isinstance(value, list):
-                    facts[name] = sorted({*united, *value})
-                elif name in SAME and united != value:
-                    raise InputError(
-                        f"{self._folder}: answers by models of {name} {united!r} and {value!r}; choose another --output"
-                    )
+            facts = unite(facts, told, self._folder)
             for row in rows.values():
                 pictures, ids = tuple(row["pictures"]), tuple(row["token_ids"])
                 found[row["id"]] = Given(row["text"], pictures, ids, row["error"], row["passing"])
@@ -131,6 +134,19 @@ class Answers:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.jsonl"
+
+
+def unite(facts: dict, more: dict, folder: Path) -> dict:
+    """Facts of a backend with those that it, or its like in another process, told at another time; lists are united.
+
+    InputError where the two are of different models.
+    """
+    for name in SAME:
+        if facts.get(name, more.get(name)) != more.get(name, facts.get(name)):
+            what = f"answers by models of {name} {facts[name]!r} and {more[name]!r}"
+            raise InputError(f"{folder}: {what}; choose another --output")
+    lists = {name: sorted({*facts[name], *more.get(name, ())}) for name in facts if isinstance(facts[name], list)}
+    return {**more, **facts, **lists}
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from medmax_fast.eval.questions import EvalData
-from medmax_fast.eval.samples import Given, Measured
+from medmax_fast.eval.samples import IN_WORDS, Given, Measured
 from medmax_fast.eval.tasks import GOLD
 from medmax_fast.eval.text_metrics import missing
 
@@ -13,7 +13,8 @@ def run_notes(data: EvalData, backend: dict, answers: Mapping[str, Given], measu
     notes = [*_unanswered(data, answers), *_unjudged(measured), *_undrawn(data, backend, answers), *_data(data)]
     if measured.verdicts is None and any(q.task.judged for q in data.questions):
         notes.append("no judge: open answers, visual chats and interleaved answers are compared word by word only")
-    return notes + missing()
+    in_words = any(q.task.kind in IN_WORDS and q.reference.strip() for q in data.questions)
+    return notes + (missing() if in_words else [])
 
 
 def _unanswered(data: EvalData, answers: Mapping[str, Given]) -> list[str]:
@@ -37,10 +38,9 @@ def _unjudged(measured: Measured) -> list[str]:
     notes = []
     if len(unread) < len(lost):
         name, first = next(pair for pair in lost if pair[1].error is not None)
-        notes.append(
-            f"the judge gave no verdict on {len(lost) - len(unread)} of {len(verdicts)} answers, the first: {name}: "
-            f"{first.error}; the same command asks for it again"
-        )
+        again = "; the same command asks again" if any(verdict.passing for _, verdict in lost) else ""
+        count = f"{len(lost) - len(unread)} of {len(verdicts)} answers"
+        notes.append(f"the judge gave no verdict on {count}, the first: {name}: {first.error}{again}")
     if unread:
         notes.append(
             f"the judge's replies to {len(unread)} of {len(verdicts)} answers could not be read, as {unread[0]}"

@@ -12,7 +12,16 @@ from medmax_fast.eval.judge import Judge, load_prompts
 from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
 from medmax_fast.eval.servers.spending import Meter, price_of
 from medmax_fast.eval.similarity import available
-from medmax_fast.runtime import InputError, comma_list, hash_folder, log, pick_device, pick_dtype, require_at_least
+from medmax_fast.runtime import (
+    InputError,
+    comma_list,
+    hash_file,
+    hash_folder,
+    log,
+    pick_device,
+    pick_dtype,
+    require_at_least,
+)
 
 OPENAI = "https://api.openai.com/v1"
 # Environment variables that hold keys, the first that is set.
@@ -21,8 +30,9 @@ JUDGE_KEYS = ("MEDMAX_JUDGE_API_KEY", "OPENAI_API_KEY")
 # Requests and replies of servers, kept in the run's folder.
 REPLIES = "replies"
 SERVER_BATCHES = 16
-# What one image is reckoned to cost at a server, in ids; servers differ.
-SERVER_IMAGE_IDS = 1000
+# What one image is reckoned to cost at a server, in ids. gpt-4o takes 85 and 170 for each tile of 512 x 512, of which
+# there are four at most in most pictures; gpt-4o-mini 2,833 and 5,667, at a lower price.
+SERVER_IMAGE_IDS = {"gpt-4o-mini": 25_500, "": 1000}
 
 
 # Flags that mean something only with certain values of another one.
@@ -52,10 +62,11 @@ class Servers:
     prices: tuple[float, float] | None
     judge_prices: tuple[float, float] | None
 
-    def announce(self, what: str, expected: dict, before: float = 0.0) -> float:
-        """Say what a server will cost, and return it; InputError if that and `before` are more than the budget has.
+    def announce(self, what: str, expected: dict, before: float | None = None) -> float:
+        """Say what a server will cost at most, and return it.
 
-        Of a run that is continued nobody knows how much is paid already, so it goes on until the budget is spent.
+        before: what is announced before it; given when nothing is asked yet, where more than the budget is an
+        InputError. A run that is under way, or continued, has paid for a part, and goes on until the budget is spent.
         """
         usd, budget = expected["usd"], self.meter.budget
         if usd is None:
@@ -63,10 +74,9 @@ class Servers:
         else:
             cost = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
         tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
-        log(f"eval: {what}: {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
-        spent = self.meter.usd + before
-        if budget and usd is not None and not self.continued and spent + usd > budget:
-            already = f", beside {spent:.4f} USD before it" if spent else ""
+        log(f"eval: {what}: at most {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
+        if budget and usd is not None and before is not None and not self.continued and before + usd > budget:
+            already = f", beside {before:.4f} USD before it" if before else ""
             what = f"{what} may cost about {usd:.4f} USD{already}"
             raise InputError(f"--budget {budget:g}: {what}; raise it, or ask less with --limit")
         return usd or 0.0
@@ -205,13 +215,20 @@ def model_hash(config: EvalConfig) -> str | None:
     return None
 
 
-def estimate_asks(asks: list[Ask], prices: tuple[float, float] | None) -> dict:
+def hash_path(name: str) -> str | None:
+    """SHA-256 of a file or folder; None for a name that is neither, as of a model on a hub."""
+    path = Path(name)
+    return hash_file(path) if path.is_file() else hash_folder(path) if path.is_dir() else None
+
+
+def estimate_asks(asks: list[Ask], model: str, prices: tuple[float, float] | None) -> dict:
     """What asking a server takes: {"calls", "prompt_tokens", "completion_tokens", "usd" (None without prices)}.
 
     Four characters an id, SERVER_IMAGE_IDS an image, and answers as long as they may be.
     """
     pieces = [piece for ask in asks for piece in ask.content]
-    prompt = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else SERVER_IMAGE_IDS for p in pieces)
+    image = next(ids for name, ids in SERVER_IMAGE_IDS.items() if model.startswith(name))
+    prompt = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else image for p in pieces)
     completion = sum(ask.new_tokens or NEW_TOKENS for ask in asks)
     usd = (prompt * prices[0] + completion * prices[1]) / 1e6 if prices else None
     return {"calls": len(asks), "prompt_tokens": prompt, "completion_tokens": completion, "usd": usd}

@@ -22,15 +22,17 @@ STATUSES = ("answered", "unparsed", "failed", "unjudged")
 def summarize(samples: list[dict], protocol: str) -> dict:
     """The figures of samples in the order of the data; everything under `tasks` and `groups` is by `protocol`.
 
-    `average` is the published one: the plain mean of the accuracy tasks, whatever their number of questions.
+    `average` is the published one: the plain mean of the accuracy tasks that have one by a protocol, whatever their
+    number of questions.
     """
     by_task = _grouped(samples, lambda sample: [sample["task"]])
     tasks = {task_id: task_result(group, protocol) for task_id, group in by_task.items()}
     counted = [task_id for task_id, task in tasks.items() if task.get("accuracy") is not None]
     averages = {}
     for name in PROTOCOLS:
-        values = [tasks[task_id]["by_protocol"][name] for task_id in counted]
-        averages[name] = plain_mean(values) if values and None not in values else None
+        values = [task["by_protocol"][name] for task in tasks.values() if task["metric"] == "accuracy"]
+        values = [value for value in values if value is not None]
+        averages[name] = plain_mean(values) if values else None
     error = _average_error([by_task[task_id] for task_id in counted], protocol)
     return {
         "protocol": protocol,
@@ -42,6 +44,8 @@ def summarize(samples: list[dict], protocol: str) -> dict:
         "average_by_protocol": averages,
         "n": len(samples),
         "coverage": _coverage(samples),
+        # Verdicts that the judge's server may give another time.
+        "awaited": sum(bool(sample["judge"] and sample["judge"]["passing"]) for sample in samples),
         "tasks": tasks,
         "groups": _groups(samples, protocol),
     }

@@ -26,6 +26,7 @@ from medmax_fast.eval.opening import (
     can_draw,
     check_flags,
     encoder_name,
+    hash_path,
     lacking,
     model_hash,
     open_servers,
@@ -81,6 +82,7 @@ class EvalRun:
             "prompts": prompts_hash(data, self.asks),
             "images": _images_hash(data),
             "checkpoint": model_hash(config),
+            **{name: hash_path(path) for name, path in (("vqgan", config.vqgan), ("clip", self.encoder_name)) if path},
         }
         self.servers = open_servers(config, Path(config.output) / REPLIES)
         self.encoder = None
@@ -119,18 +121,19 @@ class EvalRun:
         return {**about, **results, **cost, "summary": summary_table(results), "printed": hidden}
 
     def _finished(self) -> dict | None:
-        """results.json, if it and samples.jsonl are of the answers that are there and no verdict is missing."""
+        """results.json, if it and samples.jsonl are of the answers that are there and no verdict is awaited."""
         path, samples = self.folder / RESULTS_FILE, self.folder / SAMPLES_FILE
         if self.answers.left() or not path.exists() or not samples.exists():
             return None
         try:
             results = read_json(path)
         except InputError:
-            # It is made from what is here, so a damaged one is made again.
-            return None
+            results = None
         made_from = {"answers": self.answers.digest(), "samples": hash_file(samples)}
-        same = results["hashes"] == {**self.hashes, **made_from} and results["protocol"] == self.config.protocol
-        return results if same and not results["coverage"]["unjudged"] else None
+        expected = {"hashes": {**self.hashes, **made_from}, "protocol": self.config.protocol, "awaited": 0}
+        # It is made from what is here, so a damaged one is made again.
+        same = isinstance(results, dict) and all(results.get(name) == value for name, value in expected.items())
+        return results if same else None
 
     def _open_measures(self) -> None:
         """The image-text encoder and what FID needs, where there are questions for them."""
@@ -214,6 +217,8 @@ class EvalRun:
     def _facts(self, backend: dict, notes: list[str]) -> dict:
         """What results.json says beside figures."""
         judge = self.servers.judge
+        if self.config.fid != "none" and not self._features:
+            notes = [*notes, "no FID: no question asks for a picture"]
         if self.config.clip == "auto" and self.encoder_name == "none":
             notes = [*notes, f"no image-text similarities: {available()}"]
         return {

@@ -18,7 +18,7 @@ from medmax_fast.eval.similarity import cosine
 from medmax_fast.eval.text_metrics import text_metrics
 
 # An image task's answer is compared in words too, where the data has words for it.
-_IN_WORDS = ("open", "interleaved", "chat", "caption")
+IN_WORDS = ("open", "interleaved", "chat", "caption")
 
 Scores = dict[str, float | None]
 _NONE: Scores = dict.fromkeys(PROTOCOLS)
@@ -101,7 +101,7 @@ def make_sample(question: Question, data: EvalData, given: Given, measured: Meas
     """One line of samples.jsonl."""
     marks = _marks(question, given, measured) if given.error is None else _failed(question, measured)
     verdict = (measured.verdicts or {}).get(question.id)
-    in_words = question.task.kind in _IN_WORDS and question.reference.strip()
+    in_words = question.task.kind in IN_WORDS and question.reference.strip()
     return {
         "id": question.id,
         "task": question.task_id,
@@ -115,7 +115,7 @@ def make_sample(question: Question, data: EvalData, given: Given, measured: Meas
         "image": question.image,
         "pictures": list(given.pictures),
         **marks,
-        "judge": None if verdict is None else {k: getattr(verdict, k) for k in ("scores", "reply", "error")},
+        "judge": None if verdict is None else {k: getattr(verdict, k) for k in ("scores", "reply", "error", "passing")},
         "text_metrics": text_metrics(given.text, question.reference) if in_words else None,
         "error": given.error,
         "token_ids": list(given.token_ids),

@@ -111,6 +111,7 @@ class HFBackend:
             for prompt in prompts
             if prompt.ask.mode == "image"
         }
+        done(len(answers))
         waiting = deque(_batches([prompt for prompt in prompts if prompt.place not in answers], batch_size))
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as ahead:
             images = _Images((prompt.ask for batch in waiting for prompt in batch), readers)

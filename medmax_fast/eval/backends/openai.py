@@ -53,12 +53,8 @@ class OpenAIBackend:
 
     def facts(self) -> dict:
         """The client's facts with the kind of backend and how it decodes."""
-        facts = self.client.facts()
-        dropped = facts["dropped"]
-        decoding = [f"{name} {'left to the server' if name in dropped else 0}" for name in ("temperature", "seed")]
-        if "max_tokens" in dropped:
-            decoding.append("max_completion_tokens in place of max_tokens")
-        return {"kind": "openai", "decoding": ", ".join([*decoding, "no repetition penalty"]), **facts}
+        decoding = "temperature 0 and seed 0, where the server takes them (see dropped), no repetition penalty"
+        return {"kind": "openai", "decoding": decoding, **self.client.facts()}
 
     def _answer(self, ask: Ask) -> Answer:
         try:

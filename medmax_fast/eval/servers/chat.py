@@ -154,7 +154,7 @@ class ChatClient:
         """What a report says of this client; all that differs between equal runs is in `usage`."""
         with self._lock:
             reported, dropped = sorted(self._reported - {""}), sorted(self._dropped)
-        facts = {"model": self.model, "url": self.url, "reported": reported, "dropped": dropped}
+        facts = {"model": self.model, "url": [self.url], "reported": reported, "dropped": dropped}
         return {**facts, "usage": self.meter.usage()}
 
     def stop(self) -> None:
@@ -222,8 +222,9 @@ class ChatClient:
             self._end_if_hopeless(status, headers, content)
         if status in RETRIED or status >= 500:
             raise _Failed(self._describe(status, content), seconds_to_wait(headers.get("retry-after", "")))
-        # A refusal of this content, or of a key that has served before and may serve again.
-        raise ChatError(self._describe(status, content), passing=status in (401, 404))
+        # A refusal of this content, or of a key or a place that has served before and may serve again.
+        self._unanswered, said = 0, self._describe(status, content)
+        raise ChatError(said, passing=status in DOUBTED and "flagged" not in said)
 
     def _post(self, body: bytes):
         """(status, headers, content) of a response; _Failed where none came whole."""

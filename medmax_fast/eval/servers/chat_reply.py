@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from medmax_fast.runtime import read_json, write_json
+from medmax_fast.runtime import write_json
 
 # Shorter keys are placeholders such as EMPTY, and also words that a model may say.
 KEY_LENGTH = 16
@@ -176,9 +176,11 @@ def read_reply(path: Path) -> tuple[Reply, list[str]] | None:
 
 
 def kept_tokens(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """(model asked, prompt tokens, completion tokens) of every reply in a cache folder."""
+    """(model asked, prompt tokens, completion tokens) of every reply in a cache folder; damaged files are passed by."""
     for path in sorted(folder.glob("*/*.json")):
-        kept = read_reply(path)
-        if kept:
-            reply = kept[0]
-            yield read_json(path)["request"]["model"], reply.prompt_tokens or 0, reply.completion_tokens or 0
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            counts = [_count(stored["reply"][name]) or 0 for name in ("prompt_tokens", "completion_tokens")]
+            yield str(stored["request"]["model"]), *counts
+        except (OSError, ValueError, LookupError, TypeError):
+            continue

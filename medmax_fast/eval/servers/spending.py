@@ -48,7 +48,8 @@ class Meter:
     def __init__(self, budget: float = 0.0):
         self.budget = budget
         self.calls = self.retries = self.cached = self.prompt_tokens = self.completion_tokens = 0
-        self.usd = 0.0
+        # Of this process, and of what it found paid for.
+        self.usd = self.before = 0.0
         self._priced = True
         self._lock = threading.Lock()
 
@@ -56,13 +57,13 @@ class Meter:
         """Add what the replies in a cache folder have cost, so that a run which is continued keeps to its budget."""
         for model, prompt, completion in kept_tokens(folder):
             if prices.get(model):
-                self.usd += (prompt * prices[model][0] + completion * prices[model][1]) / 1e6
+                self.before += (prompt * prices[model][0] + completion * prices[model][1]) / 1e6
 
     def check(self) -> None:
         """BudgetSpent if there is a budget and nothing of it is left."""
-        if self.budget and self.usd >= self.budget:
+        if self.budget and self.before + self.usd >= self.budget:
             raise BudgetSpent(
-                f"--budget {self.budget:g}: {self.usd:.4f} USD spent; what was answered is kept, "
+                f"--budget {self.budget:g}: {self.before + self.usd:.4f} USD spent; what was answered is kept, "
                 "and the same command with a larger --budget goes on from there"
             )
 
