@@ -85,7 +85,8 @@ class EvalRun:
             **{name: hash_path(path) for name, path in (("vqgan", config.vqgan), ("clip", self.encoder_name)) if path},
         }
         self.servers = open_servers(config, Path(config.output) / REPLIES)
-        self.encoder = None
+        self._kinds = {question.task.kind for question in data.questions}
+        self.encoder = self._features = None
         self.folder = open_output(config.output, "eval", self._settings())
         plan = [[self.asks[i] for i in batch] for batch in batches(data, self.asks, batch_budget(config))]
         self.answers = Answers(self.folder, [[ask.id for ask in batch] for batch in plan])
@@ -137,11 +138,11 @@ class EvalRun:
 
     def _open_measures(self) -> None:
         """The image-text encoder and what FID needs, where there are questions for them."""
-        kinds = {question.task.kind for question in self.data.questions}
         device = pick_device(self.config.device)
-        if self.encoder_name != "none" and kinds & {"caption", "drawing", "interleaved"}:
+        if self.encoder_name != "none" and self._kinds & {"caption", "drawing", "interleaved"}:
             self.encoder = open_encoder(self.encoder_name, device)
-        self._features = open_features(self.config.fid, self.encoder, device) if "drawing" in kinds else None
+        if "drawing" in self._kinds:
+            self._features = open_features(self.config.fid, self.encoder, device)
 
     # ---- scores ----
 
@@ -219,7 +220,8 @@ class EvalRun:
         judge = self.servers.judge
         if self.config.fid != "none" and not self._features:
             notes = [*notes, "no FID: no question asks for a picture"]
-        if self.config.clip == "auto" and self.encoder_name == "none":
+        # Of other tasks only drawings need one, and these are left out with a reason of their own.
+        if self.config.clip == "auto" and self.encoder_name == "none" and self._kinds & {"caption", "interleaved"}:
             notes = [*notes, f"no image-text similarities: {available()}"]
         return {
             "skipped": self.data.skipped,
