@@ -524,6 +524,15 @@ def test_one_new_id_costs_no_decode_step(real, monkeypatch, tmp_path):
     assert steps == []
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_answers_of_the_cpu(real, tmp_path):
+    if not Path(real.output, "results.json").exists():
+        evaluate(real)
+    config = replace(real, output=str(tmp_path / "run"), device="cuda", precision="fp32")
+    evaluate(config)
+    assert [row["token_ids"] for row in samples_of(config)] == [row["token_ids"] for row in samples_of(real)]
+
+
 def test_under_torchrun(real, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "medmax_fast", "eval"]

@@ -365,3 +365,12 @@ def test_open_clip_folders_and_names_that_cannot_be_loaded(tmp_path):
     refused(str(folder))
     (folder / "open_clip_config.json").write_text("[]")
     refused(str(folder))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_embeddings_of_the_cpu(tmp_path):
+    folder = str(make_clip(tmp_path / "clip"))
+    pictures, texts = [random_pixels() for _ in range(5)], ["lung", "a brain and a lung"]
+    cpu, gpu = (open_encoder(folder, torch.device(device)) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu.images(pictures)[0], cpu.images(pictures)[0], atol=1e-5)
+    np.testing.assert_allclose(gpu.texts(texts), cpu.texts(texts), atol=1e-5)
