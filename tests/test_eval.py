@@ -297,6 +297,28 @@ def test_another_protocol_is_another_look_at_the_same_answers(config):
     assert strict["average"] == pytest.approx((1 / 3 + 1) / 2) and results_of(config)["protocol"] == "strict"
 
 
+def test_a_judge_may_come_later(config):
+    """The answers stay; what only scores them may be another one, and each gives its own figures again."""
+    evaluate(config, Scripted())
+    alone = files_of(config)
+    seen = []
+
+    def judge(body):
+        seen.append(body)
+        return '{"correct": 1}' if '"correct"' in str(body) else '{"first": 8, "second": 4}'
+
+    with serve(judge) as server:
+        judged = replace(config, judge="openai", judge_url=server.url, judge_model="m")
+        result = evaluate(judged, Scripted(stop_at=0))
+        assert result["tasks"]["vqa_rad_open"]["accuracy"] == 1 and result["average_tasks"] == 3
+        assert result["tasks"]["visual_chat_conversation"]["relative_score"] == 0.5
+        with_judge, asked = files_of(config), len(seen)
+        evaluate(config, Scripted(stop_at=0))
+        assert files_of(config) == alone
+        evaluate(judged, Scripted(stop_at=0))
+        assert files_of(config) == with_judge and len(seen) == asked
+
+
 def test_damaged_results_are_made_again(config):
     evaluate(config, Scripted())
     whole = files_of(config)
@@ -364,7 +386,7 @@ def test_other_settings_or_data_are_refused(config):
         ({"limit": 3}, "limit = 0, now 3"),
         ({"tasks": "pmc_vqa_mcq"}, "tasks = '', now 'pmc_vqa_mcq'"),
         ({"prompt_form": "base"}, "prompt_form = 'tuned', now 'base'"),
-        ({"judge": "openai"}, "judge = 'none', now 'openai'"),
+        ({"batch_tokens": 9}, "batch_tokens = 1700, now 9"),
     ):
         with pytest.raises(InputError, match=f"made with {message}"):
             evaluate(replace(config, **changes), Scripted())

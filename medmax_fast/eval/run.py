@@ -82,11 +82,12 @@ class EvalRun:
             "prompts": prompts_hash(data, self.asks),
             "images": _images_hash(data),
             "checkpoint": model_hash(config),
-            **{name: hash_path(path) for name, path in (("vqgan", config.vqgan), ("clip", self.encoder_name)) if path},
+            **({"vqgan": hash_path(config.vqgan)} if config.vqgan else {}),
         }
         self.servers = open_servers(config, Path(config.output) / REPLIES)
         self._kinds = {question.task.kind for question in data.questions}
         self.encoder = self._features = None
+        self.scoring = self._scoring()
         self.folder = open_output(config.output, "eval", self._settings())
         plan = [[self.asks[i] for i in batch] for batch in batches(data, self.asks, batch_budget(config))]
         self.answers = Answers(self.folder, [[ask.id for ask in batch] for batch in plan])
@@ -131,7 +132,7 @@ class EvalRun:
         except InputError:
             results = None
         made_from = {"answers": self.answers.digest(), "samples": hash_file(samples)}
-        expected = {"hashes": {**self.hashes, **made_from}, "protocol": self.config.protocol, "awaited": 0}
+        expected = {"hashes": {**self.hashes, **made_from}, "scoring": self.scoring, "awaited": 0}
         # It is made from what is here, so a damaged one is made again.
         same = isinstance(results, dict) and all(results.get(name) == value for name, value in expected.items())
         return results if same else None
@@ -201,18 +202,25 @@ class EvalRun:
     # ---- facts ----
 
     def _settings(self) -> dict:
-        config, judge = self.config, self.servers.judge
+        """What answers depend on."""
         return {
-            **settings_of(config, "ckpt", "vqgan", "backend", "model", "limit", "max_new_tokens"),
-            **settings_of(config, "judge", "fid", "batch_tokens"),
-            "precision": precision_name(config),
+            **settings_of(self.config, "ckpt", "vqgan", "backend", "model", "limit", "max_new_tokens", "batch_tokens"),
+            "precision": precision_name(self.config),
             "prompt_form": self.form,
-            "clip": self.encoder_name,
-            "tasks": ",".join(sorted(comma_list(config.tasks))),
-            "judge_model": judge and judge.client.model,
-            "judge_prompts": judge and judge.prompts.sha256,
+            "tasks": ",".join(sorted(comma_list(self.config.tasks))),
             # The prefix sorts behind the flags, so that a changed flag is named before the hashes that it changes.
             **{f"sha256_{name}": value for name, value in self.hashes.items()},
+        }
+
+    def _scoring(self) -> dict:
+        """What scores depend on besides: other values make results.json again from the same answers."""
+        judge = self.servers.judge
+        return {
+            **settings_of(self.config, "protocol", "judge", "fid"),
+            "judge_model": judge and judge.client.model,
+            "judge_prompts": judge and judge.prompts.sha256,
+            "clip": self.encoder_name,
+            "clip_sha256": hash_path(self.encoder_name),
         }
 
     def _facts(self, backend: dict, notes: list[str]) -> dict:
@@ -232,6 +240,7 @@ class EvalRun:
             "judge": stable(judge.facts()) if judge else None,
             "clip": self.encoder.facts() if self.encoder else None,
             "prompt_form": self.form,
+            "scoring": self.scoring,
             "versions": versions(),
         }
 
