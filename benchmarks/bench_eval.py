@@ -19,7 +19,6 @@ on images of its own, turned by its number so that nothing is found in a cache. 
 p20, p50 and p80 are seconds a question. times: as fast as the published loop on the same questions.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from PIL import Image
 
 from benchmarks.bench_generate import percentiles, seconds
 from benchmarks.generate_forms import DEFAULTS, Models, compare
-from benchmarks.harness import report
+from benchmarks.harness import parse_arguments, report
 from medmax_fast.config import EvalConfig
 from medmax_fast.data.images import load_image
 from medmax_fast.eval.backends.native import NativeBackend
@@ -195,22 +194,14 @@ SECTIONS = {"closed": closed, "open": free, "server": server}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="evaluation: the command against one question at a time")
-    parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--output", help="JSON file to write")
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
-    if unknown := set(wanted) - SECTIONS.keys():
-        parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(SECTIONS)}")
+    arguments = parse_arguments("evaluation: the command against one question at a time", SECTIONS)
     device = pick_device("auto")
     name = arguments.size or ("7b" if device.type == "cuda" else "tiny")
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "pictures")
         models = Models(name, device, folder)
         bench = Bench(models, QUICK if arguments.quick else FULL, Path(folder))
-        rows = [{"section": part, **row} for part in wanted for row in SECTIONS[part](bench)]
+        rows = [{"section": part, **row} for part in arguments.only for row in SECTIONS[part](bench)]
     names = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key) for key in names} for row in rows]
     report("eval", rows, arguments.output, size=name, dtype=str(models.dtype).removeprefix("torch."))

@@ -50,7 +50,7 @@ from benchmarks.generate_forms import (
     text_prompts,
     write,
 )
-from benchmarks.harness import environment, report
+from benchmarks.harness import environment, parse_arguments, report
 from medmax_fast.cli import print_table
 from medmax_fast.generate.cache import position_bytes
 from medmax_fast.generate.engine import Engine
@@ -336,15 +336,7 @@ def run(arguments: argparse.Namespace, folder: str) -> tuple[list[dict], dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="generation: engine against transformers and the published shape")
-    parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas (default: all)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--output", help="JSON file to write")
-    arguments = parser.parse_args()
-    arguments.only = arguments.only.split(",")
-    if unknown := set(arguments.only) - SECTIONS.keys():
-        parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(SECTIONS)}")
+    arguments = parse_arguments("generation: engine against transformers and the published shape", SECTIONS)
     with tempfile.TemporaryDirectory() as folder:
         rows, facts = run(arguments, folder)
     report("generate", rows, arguments.output, **facts)

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -44,12 +44,23 @@ def environment() -> dict:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "versions": versions()}
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """The flags of every benchmark: --quick (small, seconds) and --output (a JSON file)."""
+def parse_arguments(description: str, sections: Collection[str] = ()) -> argparse.Namespace:
+    """The flags of every benchmark: --quick (small, seconds) and --output (a JSON file).
+
+    sections: of a benchmark of random models that has several; adds --size and --only, a list of some of them.
+    """
     parser = argparse.ArgumentParser(description=description)
+    if sections:
+        parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
+        parser.add_argument("--only", default=",".join(sections), help="sections to run, with commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--output", help="JSON file to write")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if sections:
+        arguments.only = arguments.only.split(",")
+        if unknown := set(arguments.only) - set(sections):
+            parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(sections)}")
+    return arguments
 
 
 def report(name: str, rows: list[dict], output: str | None = None, **facts) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmax_fast.eval.servers.chat import ChatClient, ChatError
-from medmax_fast.runtime import InputError, read_json, require_file
+from medmax_fast.eval.servers.spending import cost
+from medmax_fast.runtime import InputError, one_line, read_json, require_file
 
 ROLE = (
     "You grade answers to medical questions, carefully and without favour. You do not see the image that a question "
@@ -196,7 +197,7 @@ def estimate(cases: list[Case], prompts: JudgePrompts, prices: tuple[float, floa
     prompt = sum(_tokens(message["content"]) for request in asked for message in request.messages)
     longest = {"accuracy": '{"correct": 1}', "relative": '{"first": 10, "second": 10}'}
     completion = sum(_tokens(longest[request.kind]) for request in asked)
-    usd = (prompt * prices[0] + completion * prices[1]) / 1e6 if prices else None
+    usd = cost(prompt, completion, prices)
     return {"calls": len(asked), "prompt_tokens": prompt, "completion_tokens": completion, "usd": usd}
 
 
@@ -313,4 +314,4 @@ def _read(path: Path):
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     # ValueError: not UTF-8, or a date that does not exist.
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error

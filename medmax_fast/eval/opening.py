@@ -10,7 +10,7 @@ from medmax_fast.eval.backends.openai import NEW_TOKENS, OpenAIBackend
 from medmax_fast.eval.backends.protocol import Ask, Backend
 from medmax_fast.eval.judge import Judge, load_prompts
 from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
-from medmax_fast.eval.servers.spending import Meter, price_of
+from medmax_fast.eval.servers.spending import Meter, cost, price_of
 from medmax_fast.eval.similarity import available
 from medmax_fast.runtime import (
     InputError,
@@ -70,11 +70,11 @@ class Servers:
         """
         usd, budget = expected["usd"], self.meter.budget
         if usd is None:
-            cost = "at a price that is not known"
+            price = "at a price that is not known"
         else:
-            cost = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
+            price = f"about {usd:.2f} USD" if usd >= 0.005 else "under 0.01 USD"
         tokens = f"{expected['prompt_tokens']:,} ids in and {expected['completion_tokens']:,} out"
-        log(f"eval: {what}: at most {expected['calls']:,} requests, about {tokens}, {cost}; retries come on top")
+        log(f"eval: {what}: at most {expected['calls']:,} requests, about {tokens}, {price}; retries come on top")
         if budget and usd is not None and before is not None and not self.continued and before + usd > budget:
             already = f", beside {before:.4f} USD before it" if before else ""
             what = f"{what} may cost about {usd:.4f} USD{already}"
@@ -208,11 +208,9 @@ def model_hash(config: EvalConfig) -> str | None:
     name = config.ckpt or config.model
     if not name or config.backend == "openai":
         return None
-    if Path(name).is_dir():
-        return hash_folder(name)
-    if config.backend == "native":
+    if config.backend == "native" and not Path(name).is_dir():
         raise InputError(f"--ckpt {name}: no such folder")
-    return None
+    return hash_path(name)
 
 
 def hash_path(name: str) -> str | None:
@@ -230,5 +228,5 @@ def estimate_asks(asks: list[Ask], model: str, prices: tuple[float, float] | Non
     image = next(ids for name, ids in SERVER_IMAGE_IDS.items() if model.startswith(name))
     prompt = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else image for p in pieces)
     completion = sum(ask.new_tokens or NEW_TOKENS for ask in asks)
-    usd = (prompt * prices[0] + completion * prices[1]) / 1e6 if prices else None
+    usd = cost(prompt, completion, prices)
     return {"calls": len(asks), "prompt_tokens": prompt, "completion_tokens": completion, "usd": usd}

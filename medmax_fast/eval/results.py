@@ -7,11 +7,9 @@ published one, which takes every question for itself.
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
 from medmax_fast.config import PROTOCOLS
 from medmax_fast.eval.published import PUBLISHED, TASK_IDS, published_value
-from medmax_fast.eval.statistics import estimate, plain_mean
+from medmax_fast.eval.statistics import estimate, plain_mean, standard_error
 from medmax_fast.eval.text_metrics import mean_metrics
 
 # What a score can be, by metric; a relative score is a rating of 0..10 over one of 1..10.
@@ -127,9 +125,8 @@ def _average_error(groups: list[list[dict]], protocol: str) -> float | None:
         mean = math.fsum(value for _, value in kept) / len(kept)
         for cluster, value in kept:
             shares[cluster] = shares.get(cluster, 0.0) + (value - mean) / len(kept) / len(groups)
-    if len(shares) < 2:
-        return None
-    return math.sqrt(len(shares) / (len(shares) - 1) * float(np.square(list(shares.values())).sum()))
+    # One value per image, with the mean 0 and the error of the whole.
+    return standard_error([len(shares) * share for share in shares.values()])
 
 
 def _average_interval(tasks: list[dict], error: float | None) -> list[float] | None:

@@ -42,6 +42,11 @@ def price_of(model: str, override: str, flag: str) -> tuple[float, float] | None
     return prices
 
 
+def cost(prompt: int, completion: int, prices: tuple[float, float] | None) -> float | None:
+    """USD for so many tokens in and out; None where the prices are not known."""
+    return None if prices is None else (prompt * prices[0] + completion * prices[1]) / 1e6
+
+
 class Meter:
     """Counts the calls of this process; safe to share between threads and clients. budget: USD, 0 for none."""
 
@@ -56,8 +61,7 @@ class Meter:
     def count_kept(self, folder: Path, prices: dict[str, tuple[float, float] | None]) -> None:
         """Add what the replies in a cache folder have cost, so that a run which is continued keeps to its budget."""
         for model, prompt, completion in kept_tokens(folder):
-            if prices.get(model):
-                self.before += (prompt * prices[model][0] + completion * prices[model][1]) / 1e6
+            self.before += cost(prompt, completion, prices.get(model)) or 0.0
 
     def check(self) -> None:
         """BudgetSpent if there is a budget and nothing of it is left."""
@@ -88,7 +92,7 @@ class Meter:
             if prices is None:
                 self._priced = False
             else:
-                self.usd += ((prompt or 0) * prices[0] + (completion or 0) * prices[1]) / 1e6
+                self.usd += cost(prompt or 0, completion or 0, prices)
         if self.budget and prices and any(prices) and (prompt is None or completion is None):
             raise InputError(f"--budget {self.budget:g}: the server of {model!r} does not report the tokens used")
 
