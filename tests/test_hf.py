@@ -143,8 +143,8 @@ def test_the_image_matters(llava, pictures):
 
 
 def test_budgets(llava, pictures, monkeypatch):
-    assert hf.UNLIMITED == 1024
-    monkeypatch.setattr(hf, "UNLIMITED", 99)
+    assert hf.NEW_TOKENS == 1024
+    monkeypatch.setattr(hf, "NEW_TOKENS", 99)
     budgets = [1, 5, 1, 0, 30, 5]
     # No end of text in the way.
     llava._settings["suppress_tokens"] = [2]

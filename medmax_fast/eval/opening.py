@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmax_fast.config import PROTOCOLS, EvalConfig
-from medmax_fast.eval.backends.openai import NEW_TOKENS, OpenAIBackend
-from medmax_fast.eval.backends.protocol import Ask, Backend
+from medmax_fast.eval.backends.openai import OpenAIBackend
+from medmax_fast.eval.backends.protocol import NEW_TOKENS, Ask, Backend
 from medmax_fast.eval.judge import Judge, load_prompts
 from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
 from medmax_fast.eval.servers.spending import Meter, cost, price_of

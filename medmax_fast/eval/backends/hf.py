@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 
 from medmax_fast.data.images import ImageError, decode, read_file
 from medmax_fast.eval.backends.hf_loading import load_model, refusals
-from medmax_fast.eval.backends.protocol import Answer, Ask
+from medmax_fast.eval.backends.protocol import NEW_TOKENS, Answer, Ask
 from medmax_fast.runtime import log, one_line
 
-# New ids of an ask that sets no limit.
-UNLIMITED = 1024
 # Threads that decode image files.
 READERS = min(8, os.cpu_count() or 1)
 # Those of a model's generation settings that say what its ids are; the others choose between answers.
@@ -41,7 +39,7 @@ class _Prompt:
     @property
     def kind(self) -> tuple[int, int]:
         """What the prompts of a batch have in common: the budget of new ids and the number of images."""
-        return self.ask.new_tokens or UNLIMITED, len(_paths(self.ask))
+        return self.ask.new_tokens or NEW_TOKENS, len(_paths(self.ask))
 
     @property
     def message(self) -> dict:

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from medmax_fast.data.images import ImageError, Picture, decode, read_file
-from medmax_fast.eval.backends.protocol import Answer, Ask, Content
+from medmax_fast.eval.backends.protocol import NEW_TOKENS, Answer, Ask, Content
 from medmax_fast.eval.servers.chat import ChatClient, ChatError
 
-# What "as many as the answer takes" means here, as in the published evaluation of answers with pictures.
-NEW_TOKENS = 1024
 # Servers scale larger pictures down themselves, to less than this; it bounds what is sent.
 MAX_SIDE = 2048
 # What every server reads, and the modes in which it does.

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+# What "as many as the answer takes" means to a backend whose model does not end there by itself, as in the published
+# evaluation of answers with pictures.
+NEW_TOKENS = 1024
+
 # Content pieces of an Ask: {"type": "text", "text": str} and {"type": "image", "path": str}; of an Answer: text as
 # there, and {"type": "image", "pixels": uint8 [H, W, 3]}.
 Content = list[dict]
