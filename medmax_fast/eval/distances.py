@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from medmax_fast.eval.similarity import Encoder, Picture, exact_fp32, read_pictures
+from medmax_fast.eval.similarity import Encoder, Picture, read_pictures
 from medmax_fast.runtime import InputError, progress
 
 # KID: pictures per subset (as many as the published task has), and the seed that draws the subsets.
@@ -106,12 +106,14 @@ def _inception():
 def _inception_features(network, pictures: Sequence[Picture]) -> np.ndarray:
     import torch
 
+    from medmax_fast.model.arithmetic import repeatable
+
     device = next(network.parameters()).device
     rows = [np.zeros((0, 2048), np.float32)]
     # One at a time, for they differ in size; the network resizes them itself.
     for picture in progress(pictures, "Inception features"):
         for pixels in read_pictures([picture])[0]:
-            with torch.inference_mode(), exact_fp32(device):
+            with torch.inference_mode(), repeatable(device):
                 images = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(device)
                 rows.append(network(images).float().cpu().numpy())
     return np.concatenate(rows)

@@ -77,7 +77,9 @@ class Encoder:
     def _run(self, encode: Callable, batch: list) -> np.ndarray:
         import torch
 
-        with torch.inference_mode(), exact_fp32(self.device):
+        from medmax_fast.model.arithmetic import repeatable
+
+        with torch.inference_mode(), repeatable(self.device):
             return torch.nn.functional.normalize(encode(batch).float(), dim=-1).cpu().numpy()
 
     def _stack(self, rows: list[np.ndarray]) -> np.ndarray:
@@ -276,26 +278,6 @@ def read_pictures(pictures: Sequence[Picture]) -> tuple[list[np.ndarray], list[s
         except ImageError as error:
             errors.append(str(error))
     return pixels, errors
-
-
-@contextlib.contextmanager
-def exact_fp32(device) -> Iterator[None]:
-    """fp32 products on a GPU for the time of a call: no TF32, also not within the fused attention kernels."""
-    if device.type != "cuda":
-        yield
-        return
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    conv, matmul, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
-    before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, cudnn.deterministic
-    try:
-        conv.fp32_precision = matmul.fp32_precision = "ieee"
-        cudnn.benchmark, cudnn.deterministic = False, True
-        with torch.cuda.device(device), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, cudnn.deterministic = before
 
 
 def _pooled(output):
