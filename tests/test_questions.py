@@ -114,6 +114,13 @@ def test_values_of_another_type_are_named(tmp_path):
         load_questions(data)
 
 
+def test_half_a_character_is_named(tmp_path):
+    """JSON can spell it; the files of a run could not hold it, which would show after everything is answered."""
+    data = make_folder(tmp_path / "data", [("vqa_rad", "closed", "Is \ud83d it?", "yes", "images/a.png")], "jsonl")
+    with pytest.raises(InputError, match="line 1: prompt holds a lone surrogate, expected Unicode text"):
+        load_questions(data)
+
+
 def test_many_problems_are_counted(tmp_path):
     rows = [("vqa_rad", "closed", f"Question {i}?", "perhaps", "images/a.png") for i in range(12)]
     with pytest.raises(InputError, match="row 4 .*; and 7 more$"):

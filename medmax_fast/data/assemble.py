@@ -15,7 +15,7 @@ import numpy as np
 from medmax_fast.config import BuildConfig
 from medmax_fast.data.chunks import Chunk, ParsedRows, parse_chunk
 from medmax_fast.data.codes import CodeTable
-from medmax_fast.data.rows import place, typed
+from medmax_fast.data.rows import place, typed, unicode_text
 from medmax_fast.data.sequences import ExpandedRows, expand, expand_rows, integer_array, ready_ids
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES, TextTokenizer
@@ -91,7 +91,7 @@ class Assembler:
             return values
         try:
             for name in ("task", "source"):
-                _unicode(typed(values, name, str), name)
+                unicode_text(typed(values, name, str), name)
             if parsed.ids_offsets[i + 1] > parsed.ids_offsets[i]:
                 return None
             if values.get("tokens"):
@@ -99,7 +99,7 @@ class Assembler:
             text = typed(values, "text", str)
             if text is None:
                 raise InputError("neither text nor tokens, expected one of them")
-            return _Text(_unicode(text, "text"))
+            return _Text(unicode_text(text, "text"))
         except InputError as error:
             return error
 
@@ -223,13 +223,6 @@ def _coded(names: list[str]) -> list[list]:
     """[different names, index of each], as there are few different ones."""
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return [list(index), [index[name] for name in names]]
-
-
-def _unicode(text: str | None, name: str) -> str | None:
-    try:
-        return text if text is None or text.isascii() else text.encode() and text
-    except UnicodeEncodeError:
-        raise InputError(f"{name} holds a lone surrogate, expected Unicode text") from None
 
 
 def _is_path(path) -> bool:

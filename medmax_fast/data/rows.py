@@ -68,6 +68,14 @@ def typed(values: dict, name: str, *kinds: type):
     raise InputError(f"{name} is {type(value).__name__} {_short(value)}, expected {names}")
 
 
+def unicode_text(text: str | None, name: str) -> str | None:
+    """The text; InputError for half of a surrogate pair, which JSON can spell and no file or tokenizer takes."""
+    try:
+        return text if text is None or text.isascii() else text.encode() and text
+    except UnicodeEncodeError:
+        raise InputError(f"{name} holds a lone surrogate, expected Unicode text") from None
+
+
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmax_fast.data.rows import column_names, place, read_rows, typed
+from medmax_fast.data.rows import column_names, place, read_rows, typed, unicode_text
 from medmax_fast.eval.tasks import GOLD, Task, find_task, known_tasks
 from medmax_fast.runtime import InputError, comma_list, hash_file
 
@@ -83,7 +83,7 @@ def load_questions(
     for number, values in read_rows(file, (*COLUMNS, SOURCE)):
         where = place(file, number)
         try:
-            row = {name: typed(values, name, str) or "" for name in (*COLUMNS, SOURCE)}
+            row = {name: unicode_text(typed(values, name, str), name) or "" for name in (*COLUMNS, SOURCE)}
         except InputError as error:
             problems.append(f"{where}: {error}")
             continue
