@@ -1,194 +1,151 @@
-"""Collator: ids per second on one core and two against three others, as a share of memory-copy speed.
+"""Collator: ids per second on the way to the device, and on one core and two as a share of memory-copy speed.
 
-All forms take the same rows of one buffer, and first give the same labels. The others: `published`, the published
-training's collate function rebuilt from its description (Python lists, cut, padded to the longest, masked up to eot);
-`transformers`, its DataCollatorWithFlattening, with labels that are masked already; `numpy`, our reference.
-A form's bytes are what a packed batch must move at least: 2 read and 24 written per id. `same copy` is a memcpy that
-moves as many, out of as large a buffer into as small a one; `share_of_memory` is against a copy of 128 MB.
-`new arrays` is `collate` without buffers; what it loses against `in place` is the kernel's page faults. `prefetched`
-draws packs from running threads, one for each core, and `prefetch_wait_us` is what a consumer waits for a pack that it
-asks for every 2 ms.
+    PYTHONPATH=. python -m benchmarks.bench_collate [--only collate,forms] [--quick] [--output FILE.json]
+
+All forms take the same rows of one buffer, and first give the same ids and labels. The others: `published`, the
+published training's collate function rebuilt from its description (Python lists, cut, padded to the longest, masked up
+to eot); `transformers`, its DataCollatorWithFlattening, with labels that are masked already; `numpy`, our reference.
+
+- collate: from the rows to the device. `ours` fills a pack and has it on the device, `ours, prefetched` does what
+  training does: a thread fills page-locked packs, of which a stream of its own copies one; each is waited for. What
+  must move at least is the 24 bytes of an id to the device, beside one large copy from page-locked memory in the same
+  run, which takes the place of the copy in the roofline; on a CPU the 26 bytes that a pack takes in memory.
+- forms: on the host (stages/collate_forms.py).
 """
 
+import functools
 import itertools
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 
-from benchmarks.harness import parse_arguments, report, timed
-from medmax_fast.data.collate import IGNORED, LABEL_POLICIES, PackBuffers, collate, collate_ref
-from medmax_fast.data.prefetch import prefetch
+from benchmarks.harness import Roofline, evidence, in_turns
+from benchmarks.sections import run_sections, section_parser
+from benchmarks.stages.collate_forms import host_forms
+from benchmarks.stages.collate_rows import (
+    EOT,
+    as_lists,
+    check,
+    make_packs,
+    prefetching,
+    published_collate,
+    token_buffer,
+)
+from medmax_fast.data.collate import PackBuffers, PackedBatch, collate, collate_ref
+from medmax_fast.data.loader import Step
+from medmax_fast.runtime import pick_device
+from medmax_fast.training.upload import Uploader
 
-EOT, PAD = 8710, 1
-CUT = 2048
-BYTES_PER_ID = 26
-# Packs of one timed call, of a fast form and of one that takes a hundred times as long.
-PACKS, FEW = 64, 4
+PUBLISHED = "published"
+# Rows of data in a store, and in a pack: of 5, 16 and 120 thousand ids.
+STORED, PACK_ROWS = 20_000, (4, 13, 100)
+# Packs that are collated in turn, those of them that are compared and that exist as lists.
+PACKS, COMPARED = 64, 3
 REPEATS = 41
+# Bytes of an id on the way to a device, and of a copy that is much larger than a pack.
+UPLOADED, LARGE = 24, 1 << 28
+SUMMARY = ("form", "ids_per_pack", "p50_s", "mega_ids_per_s", "times_published")
 
 
-def token_buffer(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 ids and int64 offsets of `count` rows: image first, question, eot, answer."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1060, 1400, count)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(0, EOT, offsets[-1]).astype(np.uint16)
-    ids[offsets[:-1] + 1040] = EOT
-    return ids, offsets
+def pack_shape(offsets: np.ndarray, packs: list[np.ndarray]) -> tuple[str, float]:
+    """(what a row calls these packs, ids of one on average)."""
+    ids = float(np.mean([(offsets[pack + 1] - offsets[pack]).sum() for pack in packs]))
+    return f"{ids:,.0f} ids in {len(packs[0])} rows", ids
 
 
-def published_collate(rows: list[list[int]]) -> dict:
-    """Lists of Python integers, cut, padded to the longest; the first row decides whether prompts are masked."""
-    import torch
-
-    rows = [row[:CUT] for row in rows]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    labels = torch.where(mask == 1, ids, IGNORED)
-    if EOT in rows[0]:
-        for row, label in zip(rows, labels, strict=True):
-            label[: row.index(EOT) + 1] = IGNORED
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def floors() -> list[dict]:
+    """What a pack must move to a GPU, in the names of the evidence."""
+    _, offsets = token_buffer(STORED)
+    shapes = [pack_shape(offsets, make_packs(offsets, rows, PACKS)) for rows in PACK_ROWS]
+    return [{"stage": "collate", "shape": shape, "moved_bytes": UPLOADED * ids, "flop": 0} for shape, ids in shapes]
 
 
-def flattening_collate(rows: list[list[int]]) -> Callable[[], dict]:
-    """transformers' collator over these rows; what it takes, labels included, is made beforehand."""
-    from transformers import DataCollatorWithFlattening
-
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    features = [
-        {"input_ids": row, "labels": [IGNORED] * (row.index(EOT) + 1) + row[row.index(EOT) + 1 :]} for row in rows
-    ]
-    return lambda: collator(features)
+def upload_roofline(roofline: Roofline) -> Roofline:
+    """The copy from page-locked memory to the GPU, every byte counted once, in place of the one on the GPU."""
+    source = torch.ones(LARGE, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
+    works = {"copy": lambda: target.copy_(source, non_blocking=True)}
+    return Roofline(LARGE / in_turns(works, "cuda", 5)["copy"]["p50_s"], roofline.product)
 
 
-def as_lists(ids: np.ndarray, offsets: np.ndarray, pack: np.ndarray) -> list[list[int]]:
-    return [ids[offsets[row] : offsets[row + 1]].tolist() for row in pack]
+def differing(found: dict, expected: PackedBatch) -> int:
+    """Ids, labels, positions and boundaries on the device that are not those of a pack; padding does not count."""
+    real = found["attention_mask"].cpu() == 1 if "attention_mask" in found else None
+    count = 0
+    for name in {"input_ids", "labels", "position_ids", "cu_seqlens"} & found.keys():
+        values, right = found[name].cpu(), getattr(expected, name)
+        values = (values.flatten() if real is None else values[real]).numpy()
+        count += int((values != right).sum()) if values.shape == right.shape else right.size
+    return count
 
 
-def check(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> None:
-    """All forms give the same ids and labels, where they mean the same."""
-    for labels in LABEL_POLICIES:
-        expected = collate_ref(ids, offsets, rows, EOT, labels=labels)
-        batch = collate(ids, offsets, rows, EOT, threads=2, labels=labels)
-        for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
-            assert np.array_equal(getattr(batch, name), getattr(expected, name)), (labels, name)
-    expected = collate_ref(ids, offsets, rows, EOT)
-    lists = as_lists(ids, offsets, rows)
-    padded = published_collate(lists)
-    assert np.array_equal(padded["labels"][padded["attention_mask"] == 1].numpy(), expected.labels)
-    flat = flattening_collate(lists)()
-    for name in ("input_ids", "labels", "position_ids"):
-        assert np.array_equal(flat[name][0].numpy(), getattr(expected, name)), name
-    assert np.array_equal(flat["cu_seq_lens_q"].numpy(), expected.cu_seqlens)
-
-
-def memory_copy() -> float:
-    """Bytes per second, read and written, of a copy that does not fit in the caches."""
-    source = np.ones(1 << 27, dtype=np.uint8)
-    target = np.ones_like(source)
-    return 2 * source.size / timed(lambda: np.copyto(target, source), repeats=5)["p50_s"]
-
-
-def prefetching(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray], calls: int):
-    """A running prefetcher over `calls` rounds of the packs."""
-    bounds = np.concatenate([[0], np.cumsum([len(pack) for pack in packs])])
+def works_of(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray], device: torch.device) -> dict:
+    """Name -> a function that has the next of the packs on the device once the device is waited for."""
+    pinned = device.type == "cuda"
     largest = max(int((offsets[pack + 1] - offsets[pack]).sum()) for pack in packs)
-    order = np.tile(np.arange(len(packs)), calls)
-    return prefetch(ids, offsets, np.concatenate(packs), bounds, order, EOT, capacity=largest)
+    buffers = PackBuffers.allocate(largest, len(packs[0]), pinned=pinned)
+    order = itertools.cycle(packs)
+    lists = itertools.cycle([as_lists(ids, offsets, pack) for pack in packs[:COMPARED]])
+    # Fills packs ahead, as many as are asked for.
+    filled, upload = prefetching(ids, offsets, packs, 1 + REPEATS // PACKS, pinned), Uploader(device)
+
+    def ours() -> dict:
+        # The buffers are filled again with the next call, when this copy has been waited for.
+        return collate(ids, offsets, next(order), EOT, buffers=buffers).to_torch(device, non_blocking=pinned)
+
+    def prefetched() -> dict:
+        batch = next(filled)
+        return upload(Step(0, [batch], batch.target_tokens, [0]))[0]
+
+    def published() -> dict:
+        return {name: tensor.to(device) for name, tensor in published_collate(next(lists)).items()}
+
+    return {PUBLISHED: published, "ours": ours, "ours, prefetched": prefetched}
 
 
-def fast_forms(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray]) -> dict[str, Callable[[], object]]:
-    """Name -> a function that collates every pack once."""
-    sizes = [int((offsets[pack + 1] - offsets[pack]).sum()) for pack in packs]
-    weighted = PackBuffers.allocate(max(sizes), len(packs[0]), weights=True)
-    plain = PackBuffers.allocate(max(sizes), len(packs[0]))
-    ones = np.ones(len(packs[0]), dtype=np.float32)
-    source = ids.view(np.uint8)
-    target = np.ones(max(sizes) * BYTES_PER_ID // 2, dtype=np.uint8)
-    streams = [prefetching(ids, offsets, packs[start::2], 2 * REPEATS) for start in (0, 1)]
-
-    def each(**options) -> None:
-        for pack in packs:
-            collate(ids, offsets, pack, EOT, **options)
-
-    def draw(used: list) -> None:
-        for _ in range(len(packs) // len(used)):
-            for stream in used:
-                next(stream)
-
-    def same_copy() -> None:
-        for size, start in zip(sizes, itertools.accumulate(sizes, initial=0), strict=False):
-            size = size * BYTES_PER_ID // 2
-            start = start * 2 % (len(source) - size)
-            np.copyto(target[:size], source[start : start + size])
-
-    one = prefetching(ids, offsets, packs, 2 * REPEATS)
-    return {
-        "in place, 1 core": lambda: each(threads=1, buffers=plain),
-        "in place, 2 cores in a pack": lambda: each(threads=2, buffers=plain),
-        "in place, 1 core, per-turn": lambda: each(threads=1, buffers=plain, labels="per-turn"),
-        "in place, 1 core, weights": lambda: each(threads=1, buffers=weighted, weights=ones),
-        "prefetched, 1 core": lambda: draw([one]),
-        "prefetched, 2 cores": lambda: draw(streams),
-        "new arrays, 1 core": lambda: each(threads=1),
-        "same copy, 1 core": same_copy,
-    }
+def to_device(
+    ids: np.ndarray, offsets: np.ndarray, sizes: tuple[int, ...], device: torch.device, roofline: Roofline, repeats: int
+) -> Iterator[tuple[list[dict], list[dict]]]:
+    """Packs of every size on their way to the device."""
+    gpu = device.type == "cuda"
+    roofline = upload_roofline(roofline) if gpu else roofline
+    per_id = UPLOADED if gpu else UPLOADED + ids.itemsize
+    for packs in (make_packs(offsets, size, PACKS) for size in sizes):
+        check(ids, offsets, packs[0])
+        shape, mean = pack_shape(offsets, packs)
+        works, wrong = works_of(ids, offsets, packs, device), 0
+        for pack in packs[:COMPARED]:
+            expected = collate_ref(ids, offsets, pack, EOT)
+            wrong += sum(differing(work(), expected) for work in works.values())
+        assert wrong == 0, f"{shape}: {wrong} values differ from the reference's"
+        # Each is waited for, as a training step that begins with it would.
+        times = in_turns(works, device.type, repeats, calls=1)
+        done = {"moved": per_id * mean, "items": (mean, "ids"), "quality": {"ids_differing": wrong}}
+        done["beside"] = PUBLISHED, times[PUBLISHED]["p50_s"]
+        found = [evidence("collate", shape, form, seconds, roofline, **done) for form, seconds in times.items()]
+        yield [printed(row) for row in found], found
 
 
-def slow_forms(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray]) -> dict[str, Callable[[], object]]:
-    lists = [as_lists(ids, offsets, pack) for pack in packs]
-    flatten = [flattening_collate(rows) for rows in lists]
-    return {
-        "numpy": lambda: [collate_ref(ids, offsets, pack, EOT) for pack in packs],
-        "transformers": lambda: [collator() for collator in flatten],
-        "published": lambda: [published_collate(rows) for rows in lists],
-    }
-
-
-def prefetch_wait(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray]) -> float:
-    """Microseconds (median) that a consumer waits which is busy for 2 ms with each pack."""
-    waits = []
-    with prefetching(ids, offsets, packs, 1) as stream:
-        for _ in packs:
-            time.sleep(0.002)
-            start = time.perf_counter()
-            next(stream)
-            waits.append(time.perf_counter() - start)
-    return float(np.median(waits)) * 1e6
-
-
-def measure(ids: np.ndarray, offsets: np.ndarray, packs: list[np.ndarray], copied: float) -> list[dict]:
-    """One line of the table for every form."""
-    rows = []
-    for forms, some, repeats in ((fast_forms, packs, REPEATS), (slow_forms, packs[:FEW], 3)):
-        total = sum(int((offsets[pack + 1] - offsets[pack]).sum()) for pack in some)
-        for name, work in forms(ids, offsets, some).items():
-            seconds = timed(work, repeats=repeats)
-            speed = total / seconds["p50_s"]
-            facts = {"mega_ids_per_s": speed / 1e6, "share_of_memory": speed * BYTES_PER_ID / copied}
-            rows.append({"ids_per_pack": total // len(some), "form": name, **seconds, **facts})
-    speeds = {row["form"]: row["mega_ids_per_s"] for row in rows}
-    for row in rows:
-        row["share_of_same_copy"] = row["mega_ids_per_s"] / speeds["same copy, 1 core"]
-        row["times_published"] = row["mega_ids_per_s"] / speeds["published"]
-    return rows
+def printed(row: dict) -> dict:
+    shown = {"form": row["form"], "ids_per_pack": row["shape"], "p50_s": row["p50_s"], "gb_per_s": row["gb_per_s"]}
+    return shown | {"mega_ids_per_s": row["items_per_s"] / 1e6, "share": row["share"], "times_published": row["times"]}
 
 
 def main() -> None:
-    arguments = parse_arguments("collator: ids per second")
-    ids, offsets = token_buffer(1000 if arguments.quick else 20_000)
-    rng = np.random.default_rng(1)
-    copied = memory_copy()
-    table, waits = [], {}
-    for pack_rows in (4, 13) if arguments.quick else (4, 13, 100):
-        packs = [rng.integers(0, len(offsets) - 1, pack_rows) for _ in range(PACKS)]
-        check(ids, offsets, packs[0])
-        table += measure(ids, offsets, packs, copied)
-        waits[sum(int(offsets[row + 1] - offsets[row]) for row in packs[0])] = prefetch_wait(ids, offsets, packs)
-    report("collate", table, arguments.output, memory_copy_gb_per_s=copied / 1e9, prefetch_wait_us=waits)
+    arguments = section_parser(__doc__, ("collate", "forms")).parse_args()
+    quick, device = arguments.quick, pick_device("auto")
+    ids, offsets = token_buffer(1000 if quick else STORED)
+    sizes = PACK_ROWS[:2] if quick else PACK_ROWS
+    roofline = Roofline.measure(device.type, quick)
+    sections = {
+        "collate": functools.partial(to_device, ids, offsets, sizes, device, roofline, 5 if quick else REPEATS),
+        "forms": functools.partial(host_forms, ids, offsets, sizes),
+    }
+    facts = {"copy_bytes_per_s": roofline.copy, "rows_of_data": len(offsets) - 1}
+    chosen = {name: sections[name] for name in arguments.only}
+    sys.exit(run_sections("collate", chosen, SUMMARY, arguments.output, facts))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.bench_generate import percentiles, seconds
-from benchmarks.generate_forms import DEFAULTS, Models, compare
-from benchmarks.harness import parse_arguments, report
+from benchmarks.harness import parse_arguments, percentiles, report
+from benchmarks.stages.generate_forms import DEFAULTS, Models, compare
+from benchmarks.stages.generate_sections import seconds
 from medmax_fast.config import EvalConfig
 from medmax_fast.data.images import load_image
 from medmax_fast.eval.backends.native import NativeBackend

@@ -1,247 +1,214 @@
-"""Images to codes: decoding and preprocessing per core against the published path, memory, and on a GPU the whole.
+"""Images to codes: pixels on one core, the encoder alone, `medmax tokenize` as a whole, beside the published path.
 
-    PYTHONPATH=. python -m benchmarks.bench_images [--quick] [--memory] [--output FILE.json]
+    PYTHONPATH=. python -m benchmarks.bench_images [--only pixels,encoder,tokenize,memory] [--quick]
+        [--output FILE.json]
 
-Both sides of a row run in the same loop, in turn, on one thread. The published path is Pillow's decode, LANCZOS
-resize, crop, and the conversion through float64; ours is what `medmax tokenize` does on a CPU, up to the same float32
-tensor. `pixels_differing` counts values of that tensor that are not equal; no row is printed for a path that differs.
+What differs is counted first, and a form that is not within its bound fails its section before anything is timed.
 
---memory: resident memory while 100,000 distinct images go through the whole of `medmax tokenize`, with codes that
-cost nothing in place of the encoder's.
+- pixels: decoding and preprocessing on one thread, ours as `medmax tokenize` does it on a CPU. Up to the same float32
+  tensor; pixels_differing counts its values that are not equal to the published path's, of which there must be none.
+- encoder: pixels on the device to codes, in each precision, and the published eager form (TF32 convolutions on a GPU,
+  the whole distance matrix). codes_differing is the share of codes that are not those of the published form in fp32
+  without TF32, near_ties the share whose two nearest codes are as near as rounding. FLOP are those of all convolutions,
+  the attention and the distances, and stand beside a large 16-bit product, in fp32 rows too.
+- tokenize: the whole command over JPEG files of one megapixel on a RAM disk, from reading to Parquet. Seconds are of an
+  image, by shards; the first two shards are left out, since the first one captures graphs and files are read ahead
+  while it does. The published loop reads and resizes with Pillow in the same process, batch by batch.
+- memory (only when asked for): resident memory while 100,000 distinct images go through `medmax tokenize`, with codes
+  that cost nothing in place of the encoder's.
+
+Weights are random, codes are latents of other pictures (stages/image_forms.py). On a CPU, where the real encoder takes
+seconds an image and most have no 16-bit convolutions to speak of, encoder and tokenize run a small one in fp32.
 """
 
-import argparse
-import hashlib
-import io
-import os
-import resource
-import tarfile
+import functools
+import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.harness import report
-from medmax_fast import tokenization
+from benchmarks.harness import Roofline, evidence, in_turns, percentiles
+from benchmarks.sections import forget, run_sections, section_parser
+from benchmarks.stages import image_forms as forms
+from benchmarks.stages.image_memory import memory
+from benchmarks.stages.image_pixels import pixels
 from medmax_fast.config import TokenizeConfig
-from medmax_fast.data.dali import DaliDecoder, available
-from medmax_fast.data.images import decode
-from medmax_fast.data.resize import SIDE, fit, resized_size
-from medmax_fast.model.image_tokenizer import ImageTokenizer, normalised
-from medmax_fast.model.vqgan import VQGAN, VQConfig
+from medmax_fast.data.codes import code_files, read_codes
+from medmax_fast.data.dali import available
+from medmax_fast.data.shards import Shards
+from medmax_fast.model.image_tokenizer import PRECISIONS, ImageTokenizer, normalised
+from medmax_fast.model.vqgan import VQConfig
+from medmax_fast.runtime import pick_device, read_json
+from medmax_fast.tokenization import tokenize_images
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "images"
-# Dense 16-bit work of an H200 over that of the encoder (550 GFLOP an image).
-ROOFLINE_IMAGES_PER_SECOND = 790e12 / 550e9
-
-
-def published_pixels(data: bytes) -> torch.Tensor:
-    """The published preprocessing, step by step: float32 [1, 3, 512, 512]."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    width, height = resized_size(*image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    image = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + SIDE, top + SIDE))
-    return torch.from_numpy((np.array(image) / 255.0 * 2 - 1).astype(np.float32)).permute(2, 0, 1)[None].contiguous()
-
-
-def files(quick: bool) -> dict[str, bytes]:
-    """Encoded pictures by name, made from golden ones: a slide of 1 and of 4 megapixels, and grey."""
-    slide = Image.open(GOLDEN / "ihc.png").convert("RGB")
-
-    def encoded(size: tuple[int, int], format: str, grey: bool = False, **options) -> bytes:
-        stream = io.BytesIO()
-        picture = slide.resize(size, Image.Resampling.BICUBIC)
-        (picture.convert("L") if grey else picture).save(stream, format, **options)
-        return stream.getvalue()
-
-    made = {"jpeg 1 MP": encoded((1152, 864), "JPEG", quality=90)}
-    if not quick:
-        made["jpeg 1 MP, tall"] = encoded((864, 1152), "JPEG", quality=90)
-        made["jpeg 4 MP"] = encoded((2304, 1728), "JPEG", quality=90)
-        made["jpeg 1 MP, grey"] = encoded((1152, 864), "JPEG", grey=True, quality=90)
-        made["png 1 MP"] = encoded((1152, 864), "PNG")
-    return made
+# Largest share of codes that may differ. Emulated on a CPU, TF32 and fp16 change 0.2 % of these and bf16 1.7 %; of the
+# golden ones 0.9, 1.2 and 8.3 % (bench_precision). A wrong layer changes nearly all.
+BOUNDS = {"fp32": 1e-3, "tf32": 0.03, "fp16": 0.03, "bf16": 0.15}
+PUBLISHED = "published"
+# Real shape, for a GPU; a small one for the encoder alone and one for whole pictures on a CPU.
+REAL = VQConfig()
+SMALL = VQConfig(ch=32, z_channels=32, embed_dim=32, n_embed=256, resolution=64)
+WHOLE = VQConfig(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=0, z_channels=8, embed_dim=8, n_embed=1024)
+# Pictures encoded at a time, and turned pictures that are encoded; the others make the codebook.
+BATCH = {"cuda": 64, "cpu": 2}
+ENCODED = 64
+# Different pictures among the files of `tokenize`: on a GPU as many as the command itself compares with fp32.
+DIFFERENT = {"cuda": 16, "cpu": 2}
+# Shards of a tokenize run, those left out, images of one.
+SHARDS, COLD = 6, 2
+SHARD = {"cuda": 256, "cpu": 2}
+# The exact encoder is several times slower.
+FP32_SHARD = {"cuda": 64, "cpu": 2}
+PUBLISHED_BATCHES = 3
+SUMMARY = ("row", "p50_s", "images_per_s", "times", "differing", "resident_mib")
+TOKENIZED = "JPEG 1152 x 864"
 
 
-def in_turn(forms: dict, repeats: int) -> dict[str, list[float]]:
-    """Processor milliseconds of this thread per call, p20, p50 and p80, the forms taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(repeats + 1):
-        for name, form in forms.items():
-            start = time.thread_time()
-            form()
-            times[name].append(time.thread_time() - start)
-    # The first turn fills caches.
-    return {name: (1e3 * np.percentile(taken[1:], (20, 50, 80))).tolist() for name, taken in times.items()}
+def encoder_shape(config: VQConfig, batch: int) -> str:
+    return f"{batch} pictures of {config.resolution} x {config.resolution}"
 
 
-def per_core(quick: bool) -> list[dict]:
-    """Rows of decode and preprocess, and of preprocess alone."""
-    torch.set_num_threads(1)
-    dali = None if available("cpu") else DaliDecoder()
-    rows = []
-    for name, data in files(quick).items():
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        pixels = decode(data, name).pixels
-        width, height = resized_size(*image.size)
-        left, top = (width - SIDE) // 2, (height - SIDE) // 2
-
-        def pillow_rest(image=image, box=(left, top, left + SIDE, top + SIDE), size=(width, height)):
-            small = image.resize(size, Image.Resampling.LANCZOS).crop(box)
-            return torch.from_numpy((np.array(small) / 255.0 * 2 - 1).astype(np.float32)).permute(2, 0, 1).contiguous()
-
-        forms = {
-            "published: decode + preprocess": lambda data=data: published_pixels(data),
-            "ours: decode + preprocess": lambda data=data: ours(data, None),
-            "published: preprocess": pillow_rest,
-            "ours: preprocess": lambda pixels=pixels: normalised(torch.from_numpy(fit(pixels)[None])),
-        }
-        if dali:
-            forms["ours, DALI: decode + preprocess"] = lambda data=data: ours(data, dali)
-        expected = published_pixels(data)
-        times = in_turn(forms, 5 if quick else 25)
-        for form, (low, middle, high) in times.items():
-            differing = int((forms[form]().view_as(expected) != expected).sum())
-            assert differing == 0, (name, form, differing)
-            baseline = times["published: " + form.split(": ")[1]][1]
-            rows.append(
-                {
-                    "file": name,
-                    "form": form,
-                    "ms_p20": round(low, 3),
-                    "ms_p50": round(middle, 3),
-                    "ms_p80": round(high, 3),
-                    "images_per_s_core": round(1e3 / middle, 1),
-                    "times_published": round(baseline / middle, 2),
-                    "pixels_differing": differing,
-                }
-            )
-    return rows
+def floors() -> list[dict]:
+    """What a batch must move and multiply on a GPU, in the names of the evidence; computes nothing."""
+    work = {"moved_bytes": forms.encode_bytes(REAL, BATCH["cuda"]), "flop": BATCH["cuda"] * forms.encode_flop(REAL)}
+    rows = [{"stage": "encoder", "shape": encoder_shape(REAL, BATCH["cuda"]), **work}]
+    return [*rows, {"stage": "tokenize", "shape": TOKENIZED, "moved_bytes": 0, "flop": forms.encode_flop(REAL)}]
 
 
-def ours(data: bytes, dali: DaliDecoder | None) -> torch.Tensor:
-    """The CPU path of `medmax tokenize`."""
-    return normalised(torch.from_numpy(fit(decode(data, "image", dali=dali).pixels)[None]))
+def shown(row: dict) -> tuple[list[dict], list[dict]]:
+    """A row of evidence as a section gives it, with what is printed of it."""
+    printed = {"row": row["form"], "shape": row["shape"], "p50_s": row["p50_s"], "images_per_s": row["items_per_s"]}
+    printed |= {"times": row["times"], "share": row["share"], "differing": row["quality"]["codes_differing"]}
+    return [printed | row["quality"]], [row]
 
 
-class HashCodes:
-    """Codes that are a function of the pixels and cost nothing, with the interface of ImageTokenizer."""
+def encoder(device: torch.device, roofline: Roofline, repeats: int) -> Iterator[tuple[list[dict], list[dict]]]:
+    """Every precision in turn: a captured graph keeps its memory, and those of all do not fit some cards."""
+    config, batch = REAL if device.type == "cuda" else SMALL, BATCH[device.type]
+    pictures = forms.turned_pictures(config.resolution)
+    checkpoint = forms.VQGANCheckpoint(config, device, pictures[ENCODED:])
+    # From all over the list where not all are encoded.
+    x_BCHW = normalised(torch.from_numpy(pictures[: ENCODED : ENCODED // batch]).to(device))
+    eager = checkpoint.eager(device)
+    exact, near_ties = forms.exact_codes(eager, x_BCHW)
+    work = {"moved": forms.encode_bytes(config, batch), "flop": batch * forms.encode_flop(config)}
+    first = None
 
-    sha256 = "hash"
-    num_codes = 8192
-    memory: list[tuple[int, float]] = []
-    seen = 0
+    def measure(form: str, precision: str, encode: Callable[[], torch.Tensor]) -> dict:
+        forget()
+        differing = float((encode().cpu().numpy() != exact).mean())
+        assert differing <= BOUNDS[precision], f"{form}: {differing:.2%} of the codes differ from fp32's"
+        seconds = in_turns({form: encode}, device.type, repeats, calls=1)[form]
+        quality = {"codes_differing": differing, "near_ties": near_ties}
+        done = {"items": (batch, "images"), "beside": (PUBLISHED, first or seconds["p50_s"]), "quality": quality}
+        return evidence("encoder", encoder_shape(config, batch), form, seconds, roofline, **done, **work)
 
-    @classmethod
-    def from_checkpoint(cls, *_):
-        return cls()
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        HashCodes.seen += len(pixels)
-        if HashCodes.seen % 8192 < len(pixels):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            HashCodes.memory.append((HashCodes.seen, pages * resource.getpagesize() / 2**20))
-        seeds = [int.from_bytes(hashlib.sha256(image[::64, ::64].tobytes()).digest()[:8], "little") for image in pixels]
-        return np.stack([np.random.default_rng(seed).integers(0, 8192, 1024) for seed in seeds])
-
-
-def memory(count: int) -> list[dict]:
-    """Resident memory of `medmax tokenize` over `count` distinct small images in a tar file."""
-    with tempfile.TemporaryDirectory() as folder:
-        draw = np.random.default_rng(0)
-        with tarfile.open(Path(folder) / "images.tar", "w") as tar:
-            for i in range(count):
-                stream = io.BytesIO()
-                Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(stream, "BMP")
-                entry = tarfile.TarInfo(f"{i:07d}.bmp")
-                entry.size = stream.tell()
-                stream.seek(0)
-                tar.addfile(entry, stream)
-        tokenization.ImageTokenizer = HashCodes
-        config = TokenizeConfig(input=f"{folder}/images.tar", ckpt="none", output=f"{folder}/codes", device="cpu")
-        summary = tokenization.tokenize_images(config)
-    assert summary["encoded"] == summary["images"] == count
-    return [{"images": seen, "resident_mib": round(mib, 1)} for seen, mib in HashCodes.memory]
+    row = measure(PUBLISHED, "tf32" if device.type == "cuda" else "fp32", lambda: forms.published_codes(eager, x_BCHW))
+    first = row["p50_s"]
+    yield shown(row)
+    for precision, dtype in PRECISIONS.items() if device.type == "cuda" else [("fp32", torch.float32)]:
+        tokenizer = ImageTokenizer.from_checkpoint(checkpoint, device, precision, batch)
+        x = x_BCHW.to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else x
+        yield shown(measure(f"ours, {precision}", precision, functools.partial(tokenizer.encode_tensor, x)))
+        del tokenizer
 
 
-def published_codes(vqgan: VQGAN, x_BCHW: torch.Tensor) -> torch.Tensor:
-    """The published encoding: eager, torch's default TF32 convolutions, the whole distance matrix."""
-    z_ND = vqgan.quant_conv(vqgan.encoder(x_BCHW)).permute(0, 2, 3, 1).reshape(-1, vqgan.config.embed_dim)
-    e_KD = vqgan.quantize.embedding.weight
-    distance = z_ND.pow(2).sum(1, keepdim=True) + e_KD.pow(2).sum(1) - 2 * torch.einsum("bd,dn->bn", z_ND, e_KD.t())
-    return distance.argmin(1).view(len(x_BCHW), -1)
+def tokenize(device: torch.device, roofline: Roofline) -> Iterator[tuple[list[dict], list[dict]]]:
+    """The published loop, then the command: exact, as it comes, and as fast as it goes."""
+    kind, batch, different = device.type, BATCH[device.type], DIFFERENT[device.type]
+    config = REAL if kind == "cuda" else WHOLE
+    checkpoint = forms.VQGANCheckpoint(config, device, forms.turned_pictures(config.resolution)[-different:])
+    jpeg = forms.jpegs(different)
+
+    def row(form: str, seconds: dict, quality: dict) -> tuple[list[dict], list[dict]]:
+        done = {"flop": forms.encode_flop(config), "items": (1, "images"), "quality": quality}
+        return shown(
+            evidence("tokenize", TOKENIZED, form, seconds, roofline, beside=(PUBLISHED, first["p50_s"]), **done)
+        )
+
+    eager = checkpoint.eager(device)
+    x_BCHW = torch.cat([forms.published_pixels(jpeg(i)) for i in range(different)]).to(device)
+    exact, _ = forms.exact_codes(eager, x_BCHW)
+    differing = float((forms.published_codes(eager, x_BCHW).cpu().numpy() != exact).mean())
+    assert differing <= BOUNDS["tf32"], f"published: {differing:.2%} of the codes differ from fp32's"
+    first = published_seconds(eager, jpeg, batch, device)
+    yield row(PUBLISHED, first, {"codes_differing": differing})
+    del eager
+    plans = [("fp32", False)] + ([("tf32", False), ("fp16", False)] if kind == "cuda" else [])
+    plans += [("fp16", True)] if kind == "cuda" and not available("mixed") else []
+    with tempfile.TemporaryDirectory(dir=ram_disk()) as folder:
+        for precision, fast in plans:
+            size = (FP32_SHARD if precision == "fp32" else SHARD)[kind]
+            form = f"medmax tokenize, {precision}{', --fast' * fast}"
+            images, codes = Path(folder) / "images", Path(folder) / f"{precision}-{fast}"
+            images.mkdir(exist_ok=True)
+            for i in range(SHARDS * size):
+                (images / f"{i:05d}.jpg").write_bytes(jpeg(i))
+            options = {"batch_size": batch, "rows_per_shard": size, "precision": precision, "fast": fast}
+            forget()
+            summary = tokenize_images(TokenizeConfig(str(images), checkpoint, str(codes), device=kind, **options))
+            assert summary["encoded"] == summary["images"] == SHARDS * size, summary
+            found = np.concatenate([part for file in code_files(codes) for _, part in read_codes(file, config.n_embed)])
+            differing = float((found[:different] != exact).mean())
+            # nvJPEG's pixels differ a little.
+            bound = BOUNDS["bf16" if fast else precision]
+            assert differing <= bound, f"{form}: {differing:.2%} of the codes differ from fp32's on Pillow's pixels"
+            changed = summary.get("pixels_differing", 0.0)
+            assert fast or changed == 0, f"{form}: {changed:.2%} of the pixels differ from Pillow's"
+            quality = {"codes_differing": differing, "pixels_differing": changed}
+            yield row(form, shard_seconds(codes, SHARDS * size, size), quality)
 
 
-@torch.no_grad()
-def end_to_end(quick: bool) -> list[dict]:
-    """On a GPU: `medmax tokenize` over a folder with an encoder of the real shape, against the published loop."""
-    data = files(True)["jpeg 1 MP"]
-    count, batch = (64, 16) if quick else (6400, 64)
-    torch.manual_seed(0)
-    state = VQGAN(VQConfig(), decoder=False).state_dict()
+def published_seconds(vqgan, jpeg: Callable[[int], bytes], batch: int, device: torch.device) -> dict[str, float]:
+    """Percentiles of one image by batches; one that warms up comes first."""
+    times = []
+    for start in range(0, (PUBLISHED_BATCHES + 1) * batch, batch):
+        files = [jpeg(i) for i in range(start, start + batch)]
+        begin = time.perf_counter()
+        x_BCHW = torch.cat([forms.published_pixels(data) for data in files])
+        forms.published_codes(vqgan, x_BCHW.to(device)).cpu()
+        times.append((time.perf_counter() - begin) / batch)
+    return percentiles(times[1:])
 
-    def made(precision: str) -> ImageTokenizer:
-        vqgan = VQGAN(VQConfig(), decoder=False)
-        vqgan.load_state_dict(state)
-        return ImageTokenizer(vqgan, "random", "cuda", precision, batch)
 
-    rows = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        images = Path(folder) / "images"
-        images.mkdir()
-        for i in range(count):
-            # A comment makes each file's content its own, or it would be encoded once.
-            (images / f"{i:05d}.jpg").write_bytes(data[:2] + b"\xff\xfe\x00\x08%06d" % i + data[2:])
-        vqgan = VQGAN(VQConfig(), decoder=False).cuda()
-        vqgan.load_state_dict(state)
-        some = [path.read_bytes() for path in sorted(images.iterdir())[: 4 * batch]]
-        published_codes(vqgan, published_pixels(some[0]).cuda())
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(0, len(some), batch):
-            x = torch.cat([published_pixels(content) for content in some[i : i + batch]])
-            published_codes(vqgan, x.cuda()).cpu()
-        baseline = len(some) / (time.perf_counter() - start)
-        rows.append({"form": "published loop, one process", "images_per_s": round(baseline, 1)})
-        for precision, flags in [(p, f) for p in ("fp32", "tf32", "fp16", "bf16") for f in (False, True)]:
-            if flags and available("mixed"):
-                continue
-            tokenization.ImageTokenizer = type("Made", (), {"from_checkpoint": staticmethod(lambda *a: made(a[2]))})
-            config = TokenizeConfig(
-                input=str(images),
-                ckpt="none",
-                output=f"{folder}/{precision}-{flags}",
-                batch_size=batch,
-                precision=precision,
-                fast=flags,
-            )
-            summary = tokenization.tokenize_images(config)
-            assert summary["encoded"] == count
-            rate = summary["images_per_second"]
-            row = {"form": f"{precision}{' --fast' if flags else ''}", "images_per_s": rate}
-            row["times_published"] = round(rate / baseline, 1)
-            row["share_of_16_bit_roofline"] = round(rate / ROOFLINE_IMAGES_PER_SECOND, 3)
-            row |= {f"{stage['stage']}_share": stage["share"] for stage in summary["stages"]}
-            row |= {name: summary.get(name, 0.0) for name in ("pixels_differing", "codes_differing")}
-            rows.append(row)
-    return rows
+def shard_seconds(folder: Path, images: int, size: int) -> dict[str, float]:
+    """Percentiles of one image by shards, waiting for pixels and writing codes included."""
+    shards = Shards(folder, images, size)
+    taken = [read_json(shards.record_path(shard))["seconds"] for shard in range(COLD, SHARDS)]
+    return percentiles([(seconds["total"] + seconds["write"]) / size for seconds in taken])
+
+
+def ram_disk() -> str | None:
+    """A folder in memory with room for the files; None for the usual one."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 2 << 30 else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--memory", action="store_true", help="memory over many images instead of speed")
-    parser.add_argument("--output", help="JSON file to write")
-    arguments = parser.parse_args()
-    if arguments.memory:
-        report("images, memory", memory(5_000 if arguments.quick else 100_000), arguments.output)
-        return
-    rows = per_core(arguments.quick)
-    facts = {"end_to_end": end_to_end(arguments.quick)} if torch.cuda.is_available() else {}
-    report("images", rows, arguments.output, **facts)
+    device = pick_device("auto")
+    known = ("pixels", "encoder", "tokenize", "memory")
+    arguments = section_parser(__doc__, known, known[:-1]).parse_args()
+    quick = arguments.quick
+    roofline = Roofline.measure(device.type, quick)
+    sections = {
+        "pixels": functools.partial(pixels, roofline, quick),
+        "encoder": functools.partial(encoder, device, roofline, 1 if quick else 5),
+        "tokenize": functools.partial(tokenize, device, roofline),
+        "memory": lambda: iter([(memory(5_000 if quick else 100_000), [])]),
+    }
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "copy_bytes_per_s": roofline.copy,
+        "product_flop_per_s": roofline.product,
+    }
+    chosen = {name: sections[name] for name in arguments.only}
+    sys.exit(run_sections("images", chosen, SUMMARY, arguments.output, facts))
 
 
 if __name__ == "__main__":

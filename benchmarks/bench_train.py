@@ -1,47 +1,64 @@
 """One optimizer step of LoRA fine-tuning as a waterfall: every row adds one technique to the row named by `on`.
 
-    PYTHONPATH=. python -m benchmarks.bench_train [--size tiny|7b] [--quick] [--pack-length N] [--output FILE.json]
+    PYTHONPATH=. python -m benchmarks.bench_train [--only train,others] [--size tiny|7b] [--quick] [--pack-length N]
+        [--repeats N] [--output FILE.json]
 
 The first row is the shape of the published training: one padded row of data at a time, stock transformers, logits of
-every id in fp32. All rows of a run train the same weights on the same data (train_parts.py): AdamW and clipping run,
-with a learning rate of 0. Each must give the loss and the gradient of the first one, which stand beside its speed; none
-is printed otherwise. Weights are random, and the adapter's B is not zero, so that A has a gradient.
+every id in fp32. All rows of a run train the same weights on the same data (stages/train_parts.py): AdamW and clipping
+run, with a learning rate of 0. Each must give the loss and the gradient of the first one, which stand beside its speed;
+none is printed otherwise. Weights are random, and the adapter's B is not zero, so that A has a gradient.
 
 Where the first row differs from the published one: the id mask of image codes is left out, which would make the loss
 of image targets infinite; the loss is divided by the targets of the step and not of each batch, or batches could not be
 compared; dropout is 0 and no cache of keys is built. In 16 bits adapters are too, as under DeepSpeed.
 
+`--only train` runs the first row, packed, all fused, and the last; `others` is the rest. Where DeepSpeed is not
+installed there is no row of it, and those that follow run in plain torch: the fact `deepspeed` says which.
+
 tokens_per_s counts real ids, padding does not count. mfu: medmax_fast/training/speed.py. floor_share: the time of the
 products alone, the head on supervised ids only, at the rate of one large product measured in the same run, over the
 time taken. memory_gib: most held during a step, in tensors on a GPU, resident in the whole process on a CPU. A row that
-does not fit the GPU says so in `note`.
+does not fit the GPU, or that fails, says so in `note`; with one that fails the exit status is 1. --output is written
+after every row.
 """
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.bench_train_kernels import product_rate
-from benchmarks.harness import report, timed
-from benchmarks.train_parts import Model, Row, engine_step, make_batches, make_rows, torch_step
+from benchmarks.harness import Roofline, environment, evidence, report, timed
+from benchmarks.sections import FAILURES, failure, forget, section_parser
+from benchmarks.stages.train_parts import Model, Row, engine_step, make_batches, make_rows, recomputing, torch_step
+from medmax_fast.data.collate import target_counts
 from medmax_fast.model.attention import available
-from medmax_fast.runtime import pick_device, pick_dtype
+from medmax_fast.model.init import SHAPES, make_tokenizer
+from medmax_fast.runtime import pick_device, pick_dtype, write_json
 from medmax_fast.training import engine as ds
 from medmax_fast.training.speed import flops_per_token, mfu, peak_flops, peak_memory_gib
+from medmax_fast.vocab import IdLayout
 
 LONG_PACK = 16384
-# Largest difference of loss and gradient from the first row, relative. Gradients of 32 random layers in bf16 are
-# rounding of activations to a large part; a part of the model left out, or of another sign, moves them by their size.
-LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-GRADIENT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+# Rows of data of a step, by size.
+ROWS = {"7b": 20, "tiny": 16}
+# Largest difference of loss and gradient from the first row, relative. In bf16, 32 layers of width 512 were off by
+# 0.001 and 0.06 on a CPU; a part of the model left out, or of another sign, moves the gradient by its size.
+LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+GRADIENT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+# Rows of section `train`, and what the common table calls them.
+STAGE_ROWS = {
+    "published: padded batch of 1": "published: padded, one row at a time",
+    "packed": "packed",
+    "fused qk-norm and RoPE": "packed, fused",
+    "DeepSpeed ZeRO-2": "packed, fused",
+    "recompute selective": "packed, fused, selective recomputation",
+}
 
 
-def waterfall(gpu: bool, liger: bool, long_packs: bool) -> list[Row]:
+def waterfall(gpu: bool, liger: bool, long_packs: bool, deepspeed: bool) -> list[Row]:
     first = Row("published: padded batch of 1")
     head = first.then("head on targets only", all_logits=False)
     packed = head.then("packed", batches="packed")
@@ -55,12 +72,37 @@ def waterfall(gpu: bool, liger: bool, long_packs: bool) -> list[Row]:
     if gpu:
         rows.append(packed.then("packed, compiled layers", compiled=True))
         rows.append(all_fused.then("fused, compiled layers", compiled=True))
-    last = all_fused.then("DeepSpeed ZeRO-2", engine=True)
-    rows.append(last)
+    last = all_fused
+    if deepspeed:
+        last = all_fused.then("DeepSpeed ZeRO-2", engine=True)
+        rows.append(last)
     if long_packs:
         last = last.then(f"packs of {LONG_PACK}", batches="long")
         rows.append(last)
     return [*rows, *(last.then(f"recompute {kind}", recompute=kind) for kind in ("selective", "layers"))]
+
+
+def section_of(row: Row) -> str:
+    return "train" if row.name in STAGE_ROWS else "others"
+
+
+def chosen(rows: list[Row], only: list[str]) -> list[Row]:
+    """Those of the sections `only`, and the first, which the others are compared with."""
+    return [row for row in rows if section_of(row) in only or row is rows[0]]
+
+
+def data_shape(rows: int, tokens: int) -> str:
+    return f"{rows} rows, {tokens:,} ids"
+
+
+def floors() -> list[dict]:
+    """The products of a step of 7B, in the names of the evidence; loads nothing."""
+    shape, rows = SHAPES["7b"], ROWS["7b"]
+    layout = IdLayout.from_vocab(make_tokenizer(shape.vocab_size)["model"]["vocab"])
+    ids, offsets = make_rows(rows, layout, 1)
+    targets = int(target_counts(ids, offsets, layout.eot).sum())
+    flop = len(ids) * flops_per_token(shape, False, targets / len(ids))
+    return [{"stage": "train", "shape": data_shape(rows, len(ids)), "moved_bytes": 0, "flop": flop}]
 
 
 def reset_peak_memory(device: torch.device) -> bool:
@@ -79,7 +121,8 @@ def measure(model: Model, row: Row, batches: list[dict], targets: int, first: di
     """Loss, gradient, memory and time of a row; AssertionError if one of the first two is not that of `first`."""
     model.dress(row)
     gradients: dict[str, torch.Tensor] = {}
-    with (engine_step if row.engine else torch_step)(model, row, batches, targets) as step:
+    build = engine_step if row.engine else torch_step
+    with recomputing(model, row.recompute), build(model, row, batches, targets) as step:
         loss = step(gradients)
         # Lengths have all been seen and the optimizer has its state.
         counted = reset_peak_memory(model.device)
@@ -117,62 +160,94 @@ KEYS = ("row", "on", "p20_s", "p50_s", "p80_s", "tokens_per_s", "target_tokens_p
 KEYS += ("mfu", "floor_share", "memory_gib", "fill", "loss", "loss_difference", "gradient_difference", "note")
 
 
-def run(size: str, quick: bool, pack_length: int, repeats: int) -> tuple[list[dict], dict]:
+def run(arguments: argparse.Namespace, size: str, pack_length: int) -> tuple[list[dict], dict]:
     """(rows of the table, facts of the run)."""
-    device = pick_device("auto")
+    device, quick = pick_device("auto"), arguments.quick
     dtype, gpu, seven = pick_dtype("auto", device), device.type == "cuda", size == "7b"
-    shrink, count = (16, 6) if quick else (1, 28 if seven else 16)
-    ds.start_processes(device, dtype)
-    model = Model(size, device, dtype)
-    ids, offsets = make_rows(count, model.layout, shrink)
+    liger, deepspeed = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "deepspeed"))
     long_packs = seven and pack_length < LONG_PACK
-    packs = {"packed": pack_length} | ({"long": LONG_PACK} if long_packs else {})
-    batches = make_batches(ids, offsets, model.layout, packs, device)
+    rows = chosen(waterfall(gpu, gpu and liger, long_packs, deepspeed), arguments.only)
+    if any(row.engine for row in rows):
+        ds.start_processes(device, dtype)
+    roofline = Roofline.measure(device.type, quick)
+    model = Model(size, device, dtype)
+    shrink, count = (16, 6) if quick else (1, ROWS[size])
+    ids, offsets = make_rows(count, model.layout, shrink)
+    lengths = {"packed": pack_length} | ({"long": LONG_PACK} if long_packs else {})
+    batches = make_batches(ids, offsets, model.layout, lengths, device)
     tokens, targets = len(ids), sum(batch["target_tokens"] for batch in batches["packed"])
-    product = product_rate(device.type, dtype, 8192 if gpu else 1024)
+    flop = tokens * flops_per_token(model.shape, False, targets / tokens)
     facts = {
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "attention": available(device, dtype),
+        "deepspeed": deepspeed,
         "rows_of_data": count,
         "tokens": tokens,
         "targets": targets,
         "pack_length": pack_length,
         "flop_per_token": flops_per_token(model.shape, full=False),
         "peak_flop_per_s": peak_flops(device, dtype),
-        "product_flop_per_s": product,
-        "floor_s": tokens * flops_per_token(model.shape, False, targets / tokens) / product,
+        "product_flop_per_s": roofline.product,
+        "floor_s": flop / roofline.product,
+        "failed": {},
+        "evidence": [],
     }
-    liger = gpu and importlib.util.find_spec("liger_kernel") is not None
+    repeats = arguments.repeats or (2 if quick else 3 if seven else 5)
     first: dict = {}
     found: dict[str, dict] = {}
-    for row in waterfall(gpu, liger, long_packs):
+    for row in rows:
+        forget()
         mine = batches[row.batches]
         line = dict.fromkeys(KEYS) | {"row": row.name, "on": row.on, "note": ""}
         line["fill"] = tokens / sum(batch["input_ids"].numel() for batch in mine)
         try:
             line |= measure(model, row, mine, targets, first, repeats)
-        except torch.OutOfMemoryError:
-            if not first:
-                raise
-            line["note"] = "out of memory"
+        except FAILURES as error:
+            fits = not isinstance(error, torch.OutOfMemoryError)
+            line["note"] = f"failed: {failure(row.name, error)}" if fits else "out of memory"
+            # All that follows would be compared with the first row.
+            if fits or not first:
+                reasons = facts["failed"].get(section_of(row), "")
+                facts["failed"][section_of(row)] = f"{reasons}; {row.name} {line['note']}".removeprefix("; ")
         found[row.name] = line
         if line["p50_s"]:
-            line |= rates(line, next(iter(found.values())), found.get(row.on, line), facts)
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
+            line |= rates(line, next(iter(found.values())), found.get(row.on, {} if row.on else line), facts)
+            if row.name in STAGE_ROWS:
+                form = STAGE_ROWS[row.name] + ", DeepSpeed ZeRO-2" * row.engine
+                form += f", packs of {lengths[row.batches]:,}" if row.batches in lengths else ""
+                facts["evidence"].append(step_evidence(form, line, facts, flop, roofline))
+        if arguments.output:
+            result = {"benchmark": "train", **facts, "environment": environment(), "rows": list(found.values())}
+            write_json(arguments.output, result)
+        if not first:
+            break
     return list(found.values()), facts
 
 
+def step_evidence(form: str, line: dict, facts: dict, flop: float, roofline: Roofline) -> dict:
+    """A row of the common table, with the MFU and the memory that this benchmark alone has."""
+    beside = facts["evidence"][0] if facts["evidence"] else {"form": form, "p50_s": line["p50_s"]}
+    row = evidence(
+        "train",
+        data_shape(facts["rows_of_data"], facts["tokens"]),
+        form,
+        line,
+        roofline,
+        flop=flop,
+        items=(facts["tokens"], "ids"),
+        beside=(beside["form"], beside["p50_s"]),
+        quality={name: line[name] for name in ("loss_difference", "gradient_difference")},
+    )
+    return row | {name: line[name] for name in ("mfu", "memory_gib")}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="optimizer step: time, memory, loss, gradient, technique by technique")
+    parser = section_parser("optimizer step: time, memory, loss, gradient, technique by technique", ("train", "others"))
     parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
-    parser.add_argument("--quick", action="store_true", help="few short rows, to see that it runs")
     parser.add_argument("--pack-length", type=int, help="ids per pack (default: what the unfused rows have room for)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each row")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--repeats", type=int, help="timed steps of each row (default: 3 of 7b, 5 of tiny)")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     size = arguments.size or ("7b" if gpu else "tiny")
@@ -180,7 +255,7 @@ def main() -> None:
     pack_length = arguments.pack_length or (8192 if roomy else 256 if arguments.quick else 4096)
     # DeepSpeed prints there, and the last line belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
-        rows, facts = run(size, arguments.quick, pack_length, 2 if arguments.quick else arguments.repeats)
+        rows, facts = run(arguments, size, pack_length)
     tokens, floor = facts["tokens"], facts["floor_s"]
     print(f"floor: {floor:.3g} s of products at the {facts['product_flop_per_s'] / 1e12:.3g} TFLOP/s of one large one")
     if peak := facts["peak_flop_per_s"]:
@@ -189,7 +264,9 @@ def main() -> None:
     if not gpu:
         print("no GPU: fused parts run as their torch references here, which shows that they are equal, not how fast")
     report("train", rows, arguments.output, **facts)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(int(bool(facts["failed"])))
 
 
 if __name__ == "__main__":

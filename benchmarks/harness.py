@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from medmax_fast.cli import print_table
-from medmax_fast.runtime import versions, write_json
+from medmax_fast.runtime import print_table, versions, write_json
 
 # The first turns compile and fill caches.
 WARMUP_TURNS = 3
@@ -65,6 +64,16 @@ def in_turns(
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     return dict(zip(("p20_s", "p50_s", "p80_s"), np.percentile(seconds, (20, 50, 80)).tolist(), strict=True))
+
+
+def extra_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that `work` holds on the GPU beyond what is there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,13 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Values that the torch reference takes at a time: 4 MB in fp32, which its five passes find in the cache.
 REF_ELEMENTS = 1 << 20
-# Not tuned on a GPU yet: 16 values a thread, compiled without a spill for sm_80 and sm_90 (tests/test_aot.py).
-BLOCK = 4096
-OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -130,6 +129,11 @@ def _rows_ref_(x, targets, weights, z_loss: float, gradient: bool) -> tuple[torc
     return (log_total - away).where(known, torch.nan), lse
 
 
+def _plan(V: int, BLOCK: int, **options: int) -> dict[str, int]:
+    """Constants and options of the kernel."""
+    return {"BLOCK": min(BLOCK, triton.next_power_of_2(V)), **options, **OPTIONS}
+
+
 def _cross_entropy_triton_(logits_SV, targets_S, weights_S, z_loss: float, gradient: bool):
     S, V = logits_SV.shape
     losses_S, lse_S = torch.empty(2, S, dtype=torch.float32, device=logits_SV.device)
@@ -144,8 +148,7 @@ def _cross_entropy_triton_(logits_SV, targets_S, weights_S, z_loss: float, gradi
             logits_SV.stride(0),
             float(z_loss),
             GRADIENT=gradient,
-            BLOCK=min(BLOCK, triton.next_power_of_2(V)),
-            **OPTIONS,
+            **_plan(V, **blocks("cross_entropy", logits_SV.device)),
         )
     return losses_S, lse_S
 

@@ -27,18 +27,16 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values of a tile, and the channels it aims at. Not tuned on a GPU yet: settings that triton 3.6 and 3.9 compile
-# without a spill for sm_80 and sm_90 (tests/test_aot.py).
-TILE, BLOCK_C = 4096, 128
-# The widest group whose tile still has a row; "auto" leaves wider ones to torch.
-MAX_GROUP = TILE
+# The widest group, a row of which is a tile; "auto" leaves wider ones to torch.
+MAX_GROUP = 4096
 # Rows of a chunk, at least, and chunks of a picture, at most: every program of the second launch reads all chunks'
 # statistics of its groups. Both are independent of the batch, and so are the sums.
 MIN_CHUNK, MAX_CHUNKS = 256, 128
-OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -192,32 +190,30 @@ def _row_stride(x_BCHW: torch.Tensor) -> int | None:
     return stride_w if W > 1 else stride_h
 
 
-def _plan(C: int, groups: int, HW: int) -> tuple[dict[str, int], int, int]:
-    """(constants of both kernels, rows of a chunk, chunks of a picture); none of it depends on the batch."""
+def _plan(C: int, groups: int, HW: int, TILE: int, BLOCK_C: int, **options: int) -> tuple[dict[str, int], int, int]:
+    """(constants and options of both kernels, rows of a chunk, chunks of a picture), whatever the batch."""
     CG = C // groups
     CGP = triton.next_power_of_2(CG)
     block_c = max(CGP, min(BLOCK_C, CGP * triton.next_power_of_2(groups)))
-    block_r = TILE // block_c
+    block_r = max(1, TILE // block_c)
     # Twice the tile's rows, so that half a chunk is whole tiles too.
     chunk_rows = triton.cdiv(max(MIN_CHUNK, triton.cdiv(HW, MAX_CHUNKS)), 2 * block_r) * 2 * block_r
     constants = {"C": C, "CG": CG, "CGP": CGP, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    return constants, chunk_rows, triton.cdiv(HW, chunk_rows)
+    return constants | options | OPTIONS, chunk_rows, triton.cdiv(HW, chunk_rows)
 
 
 def _group_norm_triton(x_BCHW, weight, bias, groups: int, eps: float, silu: bool) -> torch.Tensor:
     B, C, H, W = x_BCHW.shape
     HW = H * W
-    constants, chunk_rows, chunks = _plan(C, groups, HW)
+    settings, chunk_rows, chunks = _plan(C, groups, HW, **blocks("group_norm", x_BCHW.device))
     program_rows = chunk_rows // 2
-    blocks = triton.cdiv(groups, constants["BLOCK_C"] // constants["CGP"])
+    columns = triton.cdiv(groups, settings["BLOCK_C"] // settings["CGP"])
     mean, m2 = torch.empty((2, B, chunks, groups), dtype=torch.float32, device=x_BCHW.device)
     out = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
     strides = x_BCHW.stride(0), _row_stride(x_BCHW)
     with torch.cuda.device_of(x_BCHW):
-        _group_statistics_kernel[(chunks, blocks, B)](
-            x_BCHW, mean, m2, HW, chunk_rows, *strides, **constants, **OPTIONS
-        )
-        _group_norm_kernel[(triton.cdiv(HW, program_rows), blocks, B)](
+        _group_statistics_kernel[(chunks, columns, B)](x_BCHW, mean, m2, HW, chunk_rows, *strides, **settings)
+        _group_norm_kernel[(triton.cdiv(HW, program_rows), columns, B)](
             x_BCHW,
             weight,
             bias,
@@ -230,10 +226,9 @@ def _group_norm_triton(x_BCHW, weight, bias, groups: int, eps: float, silu: bool
             program_rows,
             *strides,
             eps,
-            **constants,
+            **settings,
             CHUNKS_P=triton.next_power_of_2(chunks),
             SILU=silu,
-            **OPTIONS,
         )
     return out
 

@@ -26,14 +26,14 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int64, torch.int32)
-# Values of a tile, also the widest head that the kernel takes. Not tuned on a GPU yet: a setting that triton 3.6 and
-# 3.9 compile without a spill for sm_80 and sm_90 (tests/test_aot.py).
-TILE = 1024
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+# The widest head that the kernel takes, which is a tile of its own.
+MAX_D = 1024
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -169,24 +169,25 @@ def norm_rope_store_ref(
     return _norm_rope_ref(q, q_weight, q_bias, cos, sin, eps)
 
 
-def _plan(H: int, G: int, D: int, PAGE: int) -> tuple[dict[str, int], int]:
-    """(constants of the kernel, programs of a token)."""
+def _plan(H: int, G: int, D: int, PAGE: int, TILE: int, **options: int) -> tuple[dict[str, int], int]:
+    """(constants and options of the kernel, programs of a token)."""
     block_f = triton.next_power_of_2(D // 2)
-    block_h = TILE // (2 * block_f)
+    block_h = max(1, TILE // (2 * block_f))
     constants = {"H": H, "G": G, "D": D, "PAGE": PAGE, "BLOCK_H": block_h, "BLOCK_F": block_f}
-    return constants, triton.cdiv(H, block_h) + 2 * triton.cdiv(G, block_h)
+    return constants | options | OPTIONS, triton.cdiv(H, block_h) + 2 * triton.cdiv(G, block_h)
 
 
 def _norm_rope_store_triton(qkv_TK, *tensors_and_eps) -> torch.Tensor:
     *affine, cos_PF, sin_PF, positions_T, places_T, k_pages, v_pages, eps = tensors_and_eps
     T, (H, D) = len(qkv_TK), affine[0].shape
     q = torch.empty((T, H, D), dtype=qkv_TK.dtype, device=qkv_TK.device)
-    constants, programs = _plan(H, k_pages.shape[1], D, k_pages.shape[2])
+    numbers = blocks("norm_rope_store", qkv_TK.device)
+    settings, programs = _plan(H, k_pages.shape[1], D, k_pages.shape[2], **numbers)
     affine = [tensor.contiguous() for tensor in affine]
     tensors = cos_PF, sin_PF, positions_T, places_T, k_pages, v_pages, q
     strides = qkv_TK.stride(0), cos_PF.stride(0), sin_PF.stride(0)
     with torch.cuda.device_of(qkv_TK):
-        _norm_rope_store_kernel[(T, programs)](qkv_TK, *affine, *tensors, *strides, eps, **constants, **OPTIONS)
+        _norm_rope_store_kernel[(T, programs)](qkv_TK, *affine, *tensors, *strides, eps, **settings)
     return q
 
 
@@ -208,7 +209,7 @@ def norm_rope_store(
     """LayerNorm and RoPE of the heads of q and k; k and v are stored in their pages, in place, and q is returned.
 
     qkv_TK: [T, (H + 2 G) * D], heads of q, then of k, then of v; float32, float16 or bfloat16 (float64 by torch alone),
-    D even, TILE at most for the kernel; any stride of rows. T may be 0. q_weight, q_bias [H, D], k_weight, k_bias
+    D even, MAX_D at most for the kernel; any stride of rows. T may be 0. q_weight, q_bias [H, D], k_weight, k_bias
     [G, D]: float32 or qkv's dtype, each on its own. cos_PF, sin_PF: float32 [positions, D/2], any stride of rows.
     positions_T, places_T: [T], int64 or int32; the row of the tables, and where k and v go: offset place % PAGE of page
     place // PAGE, nowhere if it is below 0. Both must lie within (not checked: that would wait for the GPU; a token
@@ -226,9 +227,9 @@ def norm_rope_store(
     _check(qkv_TK, affine, others, pages)
     fused = use_triton(impl, qkv_TK)
     D = k_pages.shape[3]
-    if fused and (qkv_TK.dtype not in FLOAT_DTYPES or D > TILE):
+    if fused and (qkv_TK.dtype not in FLOAT_DTYPES or D > MAX_D):
         if impl == "triton":
-            raise ValueError(f"impl='triton': {qkv_TK.dtype} with D = {D}, expected at most 32 bits and {TILE}")
+            raise ValueError(f"impl='triton': {qkv_TK.dtype} with D = {D}, expected at most 32 bits and {MAX_D}")
         fused = False
     run = _norm_rope_store_triton if fused and len(qkv_TK) else norm_rope_store_ref
     return run(qkv_TK, *affine.values(), *others.values(), *pages.values(), eps)

@@ -31,17 +31,14 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Bytes of a tile (with one query head four vectors of K to a lane and four of V), query heads of a program at most,
-# programs wanted (several on each of 132 SMs) and shares at most. Not tuned on a GPU yet: settings that triton 3.6 and
-# 3.9 compile without a spill for sm_80 and sm_90 (tests/test_aot.py).
-TILE, MAX_ROWS, PROGRAMS, MAX_SPLITS = 8192, 8, 528, 64
 MAX_D, LOG2_E = 256, 1.4426950408889634
 # Values of all keys that the reference takes in one piece.
 REF_TOGETHER = 1 << 19
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -183,27 +180,33 @@ def paged_attention_ref(
     return out
 
 
-def _plan(group: int, D: int, PAGE: int, itemsize: int) -> dict[str, int]:
-    """Constants of the attention kernel and its registers."""
+def _plan(group: int, D: int, PAGE: int, itemsize: int, TILE: int, MAX_ROWS: int, **options: int) -> dict[str, int]:
+    """Constants and options of the attention kernel."""
     rows, block_d = min(MAX_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(D)
-    block_p = min(PAGE, TILE // (itemsize * rows * block_d))
+    block_p = min(PAGE, max(1, TILE // (itemsize * rows * block_d)))
     # 128 leave room for four programs on an SM; several query heads, or values that do not come in vectors, need more.
     # Without a limit ptxas sets tighter ones of its own and spills.
     maxnreg = 128 if rows == 1 and D * itemsize % 16 == 0 else 255
     constants = {"GROUP": group, "D": D, "PAGE": PAGE, "ROWS": rows, "BLOCK_P": block_p, "BLOCK_D": block_d}
-    return {**constants, "maxnreg": maxnreg}
+    return {**constants, "maxnreg": maxnreg, **options, **OPTIONS}
 
 
-def _splits(programs: int, P: int) -> int:
+def _combine_plan(splits: int, D: int, **options: int) -> dict[str, int]:
+    """Constants and options of the kernel that adds up the splits."""
+    block_s, block_d = triton.next_power_of_2(splits), triton.next_power_of_2(D)
+    return {"D": D, "BLOCK_S": block_s, "BLOCK_D": block_d, **options, **OPTIONS}
+
+
+def _splits(programs: int, P: int, PROGRAMS: int, MAX_SPLITS: int) -> int:
     """Shares of a stream's pages, enough to fill a GPU, from the shapes alone; one each would make `programs`."""
     return max(1, min(P, MAX_SPLITS, triton.cdiv(PROGRAMS, programs)))
 
 
 def _paged_attention_triton(q_SHD, k_pages, v_pages, table_SP, lengths_S, scale: float) -> torch.Tensor:
     (S, H, D), (_, G, PAGE, _) = q_SHD.shape, k_pages.shape
-    plan = _plan(H // G, D, PAGE, q_SHD.itemsize)
+    plan = _plan(H // G, D, PAGE, q_SHD.itemsize, **blocks("paged_attention", q_SHD.device))
     heads = G * triton.cdiv(H // G, plan["ROWS"])
-    splits = _splits(S * heads, table_SP.shape[1])
+    splits = _splits(S * heads, table_SP.shape[1], **blocks("paged_splits", q_SHD.device))
     out = torch.empty((S, H, D), dtype=q_SHD.dtype, device=q_SHD.device)
     part, lse = out, None
     if splits > 1:
@@ -212,10 +215,10 @@ def _paged_attention_triton(q_SHD, k_pages, v_pages, table_SP, lengths_S, scale:
     tensors = q_SHD, k_pages, v_pages, table_SP, lengths_S, part, lse
     strides = *q_SHD.stride()[:2], table_SP.stride(0)
     with torch.cuda.device_of(q_SHD):
-        _paged_attention_kernel[(S, heads, splits)](*tensors, *strides, scale * LOG2_E, **plan, **OPTIONS)
+        _paged_attention_kernel[(S, heads, splits)](*tensors, *strides, scale * LOG2_E, **plan)
         if splits > 1:
-            blocks = {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_D": plan["BLOCK_D"]}
-            _combine_splits_kernel[(S * H,)](part, lse, out, splits, D, **blocks, **OPTIONS)
+            plan = _combine_plan(splits, D, **blocks("paged_combine", q_SHD.device))
+            _combine_splits_kernel[(S * H,)](part, lse, out, splits, **plan)
     return out
 
 

@@ -32,15 +32,13 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values of a tile in both halves, also the widest head that the kernels take, and the heads that a program loops over
-# with the cosines of its tokens in registers: 1,024 programs for 4,096 tokens of 32 heads, several on each of 132 SMs.
-# Not tuned on a GPU yet: settings that triton 3.6 and 3.9 compile without a spill for sm_80 and sm_90
-# (tests/test_aot.py).
-TILE, HEADS = 2048, 8
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+# The widest head that the kernels take, a token of which is a tile.
+MAX_D = 2048
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -243,18 +241,21 @@ def norm_rope_ref(
     return out.to(x_THD.dtype)
 
 
-def _plan(T: int, H: int, D: int) -> tuple[dict[str, int], tuple[int, int]]:
-    """(constants of both kernels, grid)."""
+def _plan(T: int, H: int, D: int, TILE: int, HEADS: int, **options: int) -> tuple[dict[str, int], tuple[int, int]]:
+    """(constants and options of both kernels, grid)."""
     block_f = triton.next_power_of_2(D // 2)
-    block_t = TILE // (2 * block_f)
+    block_t = max(1, TILE // (2 * block_f))
     constants = {"D": D, "BLOCK_T": block_t, "BLOCK_F": block_f, "HEADS": HEADS}
-    return constants, (triton.cdiv(T, block_t), triton.cdiv(H, HEADS))
+    if block_t == 1:
+        # Of a tile as wide as that; without a limit ptxas sets a tighter one of its own and spills, for sm_100.
+        options = {"maxnreg": 255} | options
+    return constants | options | OPTIONS, (triton.cdiv(T, block_t), triton.cdiv(H, HEADS))
 
 
 def _norm_rope_triton(x_THD, weight, bias, cos_TF, sin_TF, eps: float) -> torch.Tensor:
     T, H, D = x_THD.shape
     out = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
-    constants, grid = _plan(T, H, D)
+    settings, grid = _plan(T, H, D, **blocks("norm_rope", x_THD.device))
     with torch.cuda.device_of(x_THD):
         _norm_rope_kernel[grid](
             x_THD,
@@ -269,9 +270,8 @@ def _norm_rope_triton(x_THD, weight, bias, cos_TF, sin_TF, eps: float) -> torch.
             *cos_TF.stride(),
             *sin_TF.stride(),
             eps,
-            **constants,
+            **settings,
             PER_HEAD=weight.ndim == 2,
-            **OPTIONS,
         )
     return out
 
@@ -291,7 +291,7 @@ class _NormRope(torch.autograd.Function):
         x_THD, weight, cos_TF, sin_TF = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         T, H, D = x_THD.shape
-        constants, grid = _plan(T, H, D)
+        settings, grid = _plan(T, H, D, **blocks("norm_rope", x_THD.device))
         per_head = weight.ndim == 2
         slots = (grid[0], H, D) if per_head else (grid[0] * grid[1], D)
         # The gradient of a sum has strides of zero, others may be slices: rows must be contiguous, tokens not.
@@ -316,9 +316,8 @@ class _NormRope(torch.autograd.Function):
                 *cos_TF.stride(),
                 *sin_TF.stride(),
                 ctx.eps,
-                **constants,
+                **settings,
                 PER_HEAD=per_head,
-                **OPTIONS,
             )
         dweight = dweight.sum(0).to(weight.dtype) if want_weight else None
         dbias = dbias.sum(0).to(ctx.bias_dtype) if want_bias else None
@@ -337,7 +336,7 @@ def norm_rope(
     """LayerNorm over each head with an affine part, then RoPE in the half-split order of transformers.
 
     x_THD: [T, H, D], float32, float16 or bfloat16 (float64 by torch alone), D even; the kernel takes any strides with
-    a last one of 1, such as a slice of a wider projection, and D up to TILE. T may be 0.
+    a last one of 1, such as a slice of a wider projection, and D up to MAX_D. T may be 0.
     weight, bias: [D] for all heads or [H, D], both alike; float32 or the input's dtype, each on its own.
     cos_TF, sin_TF: [T, D/2], any float dtype and strides (of transformers' [T, D] tables the first half, a view); no
     gradient reaches them. eps: added to the variance.
@@ -384,6 +383,6 @@ def _refusal(x_THD) -> str | None:
     """Why the kernel does not take this input, or None where it does."""
     if x_THD.stride(2) != 1:
         return f"input of strides {x_THD.stride()}, expected a last stride of 1"
-    if x_THD.dtype not in FLOAT_DTYPES or x_THD.shape[2] > TILE:
-        return f"input of {x_THD.dtype} with D = {x_THD.shape[2]}, expected at most 32 bits and {TILE}"
+    if x_THD.dtype not in FLOAT_DTYPES or x_THD.shape[2] > MAX_D:
+        return f"input of {x_THD.dtype} with D = {x_THD.shape[2]}, expected at most 32 bits and {MAX_D}"
     return None

@@ -18,13 +18,13 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 BUFFER_DTYPES = (torch.int64, torch.int32, torch.uint16)
-SHIFT_BLOCK, SPAN_BLOCK = 1024, 256
 # There is no floating point here; the option is set because triton warns where it is not.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 # What the kernels leave in a cell of `bad` when they found nothing wrong.
 NOTHING = torch.iinfo(torch.int64).max
 
@@ -126,9 +126,10 @@ def _shift_triton(values: torch.Tensor, low: int, high: int, shift: int, dtype: 
     if values.numel() == 0:
         return out, NOTHING
     bad = torch.full((1,), NOTHING, dtype=torch.int64, device=values.device)
-    grid = (triton.cdiv(values.numel(), SHIFT_BLOCK),)
+    numbers = blocks("shift", values.device)
+    grid = (triton.cdiv(values.numel(), numbers["BLOCK"]),)
     with torch.cuda.device_of(values):
-        _shift_kernel[grid](values, out, bad, values.numel(), low, high, shift, BLOCK=SHIFT_BLOCK, **OPTIONS)
+        _shift_kernel[grid](values, out, bad, values.numel(), low, high, shift, **numbers, **OPTIONS)
     return out, bad.item()
 
 
@@ -136,8 +137,9 @@ def _write_image_spans_triton(out_ids, starts, codes_NP, boi, eoi, image_start, 
     N, P = codes_NP.shape
     starts = starts.contiguous()
     bad = torch.full((2,), NOTHING, dtype=torch.int64, device=out_ids.device)
+    numbers = blocks("span", out_ids.device)
     with torch.cuda.device_of(out_ids):
-        _span_kernel[(N, triton.cdiv(P + 2, SPAN_BLOCK))](
+        _span_kernel[(N, triton.cdiv(P + 2, numbers["BLOCK"]))](
             out_ids,
             starts,
             codes_NP,
@@ -150,7 +152,7 @@ def _write_image_spans_triton(out_ids, starts, codes_NP, boi, eoi, image_start, 
             num_codes,
             out_ids.stride(0),
             *codes_NP.stride(),
-            BLOCK=SPAN_BLOCK,
+            **numbers,
             **OPTIONS,
         )
     bad_start, bad_code = bad.tolist()

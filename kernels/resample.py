@@ -31,16 +31,14 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 # One row of the plan's table, int64: the image's first byte, its width, the first row that is read and the number of
 # these rows, the row of `mid` where they go, and for columns and rows the place of their taps and their number.
 FIELDS = 9
-# Not tuned on a GPU yet. BLOCK_J divides J = 1536 of the real encoder. One row a program: of several, triton 3.6 lays
-# the gather out with neighbouring lanes in different rows, and exchanges the weights at each tap.
-BLOCK_ROWS, BLOCK_J = 1, 512
 # There is no floating-point arithmetic here; the option is set because triton warns where it is not.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
@@ -232,12 +230,14 @@ def _filter(source: torch.Tensor, dim: int, starts: torch.Tensor, weights: list[
 
 def _resample_triton(pixels, plan: ResamplePlan, values, mid: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     S, table, taps = plan.side, plan.table, plan.packed
-    blocks = {"FIELDS": FIELDS, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_J": BLOCK_J}
-    grid = (triton.cdiv(plan.max_rows, BLOCK_ROWS), plan.images, triton.cdiv(3 * S, BLOCK_J))
+    numbers = blocks("resample", pixels.device)
+    block_rows = numbers["BLOCK_ROWS"]
+    grid = (triton.cdiv(plan.max_rows, block_rows), plan.images, triton.cdiv(3 * S, numbers["BLOCK_J"]))
+    settings = {"FIELDS": FIELDS, **numbers, **OPTIONS}
     with torch.cuda.device_of(pixels):
-        _columns_kernel[grid](pixels, table, taps, mid, S, **blocks, **OPTIONS)
-        grid = (triton.cdiv(S, BLOCK_ROWS), *grid[1:])
-        _rows_kernel[grid](mid, table, taps, values, out, S, **blocks, **OPTIONS)
+        _columns_kernel[grid](pixels, table, taps, mid, S, **settings)
+        grid = (triton.cdiv(S, block_rows), *grid[1:])
+        _rows_kernel[grid](mid, table, taps, values, out, S, **settings)
     return out
 
 

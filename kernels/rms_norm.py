@@ -33,14 +33,15 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values and rows of a tile of short rows, and slots of dweight. Not tuned on a GPU yet: settings that triton 3.6 and
-# 3.9 compile without a spill for sm_80 and sm_90 (tests/test_aot.py).
-TILE, MAX_R, PROGRAMS = 1024, 32, 256
+# Slots of dweight.
+PROGRAMS = 256
 # The longest row: beyond it the sums of dweight no longer fit beside the row. "auto" leaves longer ones to torch.
 MAX_C = 8192
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -158,23 +159,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _plan(C: int) -> dict[str, int | bool]:
-    """Constants of both kernels and their launch options."""
+def _plan(C: int, TILE: int, MAX_R: int, WARP: int, **options: int) -> dict[str, int | bool]:
+    """Constants of the kernels and their launch options."""
     block_c = triton.next_power_of_2(C)
     block_r = min(MAX_R, max(1, TILE // block_c))
-    num_warps = min(32, max(1, block_r * block_c // 256))
-    options = {
-        "num_warps": num_warps,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-        "maxnreg": 64 if block_r == 1 else 128,
-    }
-    return {"C": C, "BLOCK_R": block_r, "BLOCK_C": block_c, **options}
+    num_warps = min(32, max(1, block_r * block_c // WARP))
+    options = {"num_warps": num_warps, "maxnreg": 64 if block_r == 1 else 128} | options
+    return {"C": C, "BLOCK_R": block_r, "BLOCK_C": block_c, **options, **OPTIONS}
 
 
 def _forward_triton(x, weight, eps: float, keep_rstd: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output and, if asked for, what the backward needs: fp32 [R]."""
-    rows, plan = _rows(x), _plan(x.shape[-1])
+    rows, plan = _rows(x), _plan(x.shape[-1], **blocks("rms_norm", x.device))
     R = len(rows)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(R, dtype=torch.float32, device=x.device) if keep_rstd else None
@@ -195,7 +191,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        rows, dy_rows, plan = _rows(x), _rows(dy), _plan(x.shape[-1])
+        rows, dy_rows = _rows(x), _rows(dy)
+        plan = _plan(x.shape[-1], **blocks("rms_norm", x.device))
         R, C = rows.shape
         dx = partial = None
         programs = triton.cdiv(R, plan["BLOCK_R"])
@@ -249,7 +246,8 @@ def add_rms_norm_(
         raise ValueError(f"{found}: expected {list(x.shape)} of {x.dtype} on {x.device}")
     if not fused or x.numel() == 0:
         return add_rms_norm_ref_(x, delta, weight, eps)
-    rows, delta_rows, plan = _rows(x), _rows(delta), _plan(x.shape[-1])
+    rows, delta_rows = _rows(x), _rows(delta)
+    plan = _plan(x.shape[-1], **blocks("rms_norm", x.device))
     R, C = rows.shape
     if rows.data_ptr() != x.data_ptr() or (R > 1 and rows.stride(0) < C):
         raise ValueError(f"input of strides {x.stride()}: expected rows of contiguous values with one stride, apart")

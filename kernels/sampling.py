@@ -39,9 +39,9 @@ from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = 1e-5
-# Not tuned on a GPU yet, but compiled without a spill for sm_80 and sm_90 (tests/test_aot.py). A row has a
-# multiprocessor to itself, so a program is all the warps that can wait for the L2 cache: 32 of 4 values a thread. The
-# longest row that a program holds in registers has 16 values a thread.
+# A row has a multiprocessor to itself, so a program is all the warps that can wait for the L2 cache: 32 of 4 values a
+# thread. The longest row that a program holds in registers has 16 values a thread. Not in the table of blocks.py: the
+# order of the sums, and so what is drawn at a border of two ids, follows from these numbers and must not from the card.
 BLOCK, WARPS = 4096, 32
 MAX_IMAGE_V, IMAGE_WARPS = 8192, 16
 # How many of the likeliest the reference sorts on a CPU before it sorts a row whole.

@@ -26,13 +26,11 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values of a tile. Not tuned on a GPU yet: a setting that triton 3.6 and 3.9 compile without a spill for sm_80 and
-# sm_90 (tests/test_aot.py), with one load of 16 bytes of each 16-bit tensor to a thread.
-TILE = 1024
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -110,21 +108,21 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _plan(R: int, C: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the constants of both kernels."""
+def _plan(R: int, C: int, TILE: int, **options: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, constants and options of both kernels."""
     block_c = min(TILE, triton.next_power_of_2(C))
     block_r = TILE // block_c
     grid = (triton.cdiv(R, block_r) * triton.cdiv(C, block_c),)
-    return grid, {"C": C, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    return grid, {"C": C, "BLOCK_R": block_r, "BLOCK_C": block_c, **options, **OPTIONS}
 
 
 def _forward_triton(gate, up) -> torch.Tensor:
     gate_rows, up_rows = _rows(gate), _rows(up)
-    grid, constants = _plan(*gate_rows.shape)
+    grid, settings = _plan(*gate_rows.shape, **blocks("swiglu", gate.device))
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     strides = gate_rows.stride(0), up_rows.stride(0)
     with torch.cuda.device_of(gate):
-        _swiglu_kernel[grid](gate_rows, up_rows, out, len(gate_rows), *strides, **constants, **OPTIONS)
+        _swiglu_kernel[grid](gate_rows, up_rows, out, len(gate_rows), *strides, **settings)
     return out
 
 
@@ -141,10 +139,10 @@ class _SwiGLU(torch.autograd.Function):
         rows = _rows(gate), None if up is None else _rows(up), _rows(dy)
         like = {"dtype": dy.dtype, "device": dy.device}
         grads = [torch.empty(dy.shape, **like) if wanted else None for wanted in ctx.needs_input_grad]
-        grid, constants = _plan(*rows[0].shape)
+        grid, settings = _plan(*rows[0].shape, **blocks("swiglu", gate.device))
         strides = [0 if x is None else x.stride(0) for x in rows]
         with torch.cuda.device_of(gate):
-            _swiglu_backward_kernel[grid](*rows, *grads, len(rows[0]), *strides, **constants, **OPTIONS)
+            _swiglu_backward_kernel[grid](*rows, *grads, len(rows[0]), *strides, **settings)
         return tuple(grads)
 
 

@@ -46,20 +46,14 @@ try:
 except ImportError:
     triton = None
 
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.launch import use_triton
 
 # Distances of one block of rows in the torch reference, 64 MB in fp32; it holds two such blocks at a time.
 REF_ELEMENTS = 1 << 24
 # Most channels that the screen takes: it holds its latents whole on chip.
 SCREEN_D = 256
-# Not tuned on a GPU yet: the largest settings tried that triton 3.6 and 3.9 compile without a spill for sm_80 and
-# sm_90, whatever the strides (tests/test_aot.py). The search's blocks are small because few latents reach it.
-MEASURE = {"BLOCK_N": 32, "BLOCK_D": 64}
-SCREEN = {"BLOCK_N": 128, "BLOCK_K": 32, "BLOCK_D": 64}
-SEARCH = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 16}
-MEASURE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-SCREEN_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
-SEARCH_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -268,8 +262,9 @@ def _measure(x_ND: torch.Tensor) -> torch.Tensor:
     """float32 [4, N]: per row the squared norm, bounds of the norm and of what fp16 loses, the power-of-two scale."""
     N, D = x_ND.shape
     stats = torch.empty(4, N, device=x_ND.device)
-    grid = (triton.cdiv(N, MEASURE["BLOCK_N"]),)
-    _measure_rows_kernel[grid](x_ND, stats, N, *x_ND.stride(), D=D, **MEASURE, **MEASURE_OPTIONS)
+    numbers = blocks("vq_measure", x_ND.device)
+    grid = (triton.cdiv(N, numbers["BLOCK_N"]),)
+    _measure_rows_kernel[grid](x_ND, stats, N, *x_ND.stride(), D=D, **numbers, **OPTIONS)
     return stats
 
 
@@ -285,16 +280,18 @@ def _nearest_code_triton(z_ND, codebook_KD, id_offset: int, screen: bool = True)
             rows = torch.empty(N, dtype=torch.int32, device=device)
             count = torch.zeros(1, dtype=torch.int32, device=device)
             stats = (z_stats, e_stats, e_stats[0].amax())
-            grid = (triton.cdiv(N, SCREEN["BLOCK_N"]),)
+            numbers = blocks("vq_screen", device)
+            grid = (triton.cdiv(N, numbers["BLOCK_N"]),)
             arguments = (z_ND, codebook_KD, *stats, rows, count, codes_N, N, id_offset, *strides)
-            _screen_kernel[grid](*arguments, K=K, D=D, **SCREEN, **SCREEN_OPTIONS)
+            _screen_kernel[grid](*arguments, K=K, D=D, **numbers, **OPTIONS)
         else:
             rows = torch.arange(N, dtype=torch.int32, device=device)
             count = torch.full((1,), N, dtype=torch.int32, device=device)
         # One program for every block that might be listed, as the host does not know the count; most leave at once.
-        grid = (triton.cdiv(N, SEARCH["BLOCK_N"]),)
+        numbers = blocks("vq_search", device)
+        grid = (triton.cdiv(N, numbers["BLOCK_N"]),)
         arguments = (z_ND, codebook_KD, z_stats, e_stats, rows, count, codes_N, id_offset, *strides)
-        _nearest_code_kernel[grid](*arguments, K=K, D=D, **SEARCH, **SEARCH_OPTIONS)
+        _nearest_code_kernel[grid](*arguments, K=K, D=D, **numbers, **OPTIONS)
     return codes_N, count
 
 

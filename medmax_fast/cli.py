@@ -2,7 +2,7 @@
 
 Every command is a function from its frozen config to a summary dict. Standard output gets the summary as a short
 table and, as its last line, as one JSON object; logs go to standard error. Exit status: 0 done, 2 bad usage or
-input (one line, no traceback), 3 more inputs rejected than allowed, 130 interrupted.
+input (one line, no traceback), 3 finished with more inputs rejected than allowed (or stages left out), 130 interrupted.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 
 from medmax_fast import __version__, config
-from medmax_fast.runtime import InputError, TooManyRejected, leave, log
+from medmax_fast.runtime import Incomplete, InputError, leave, log, print_table, table_cell
 from medmax_fast.vocab import VocabError
 
 # command -> (configuration, module, function); modules are imported when their command is called.
@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": (config.GenerateConfig, "medmax_fast.generate.command", "generate"),
     "eval": (config.EvalConfig, "medmax_fast.eval.run", "evaluate"),
     "report": (config.ReportConfig, "medmax_fast.report", "report"),
+    "bench": (config.BenchConfig, "medmax_fast.bench.command", "bench"),
 }
 
 
@@ -77,8 +78,9 @@ def _add_flag(parser: argparse.ArgumentParser, field, kind) -> None:
     if field.metadata["choices"]:
         options["choices"] = field.metadata["choices"]
     if field.metadata.get("positional"):
-        nargs = {"nargs": "+"} if kind == tuple[str, ...] else {}
-        parser.add_argument(field.name, metavar=field.name.upper(), **options, **nargs)
+        if kind == tuple[str, ...]:
+            options["nargs"] = "+" if field.default is MISSING else "*"
+        parser.add_argument(field.name, metavar=field.name.upper(), **options)
         return
     if field.default is MISSING:
         options["required"] = True
@@ -108,21 +110,8 @@ def print_result(result: dict) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print_table(value)
         elif not isinstance(value, list | dict):
-            print(f"{name:<{width}}  {_cell(value)}")
+            print(f"{name:<{width}}  {table_cell(value)}")
     print(json.dumps(result, ensure_ascii=False), flush=True)
-
-
-def print_table(rows: list[dict]) -> None:
-    """Rows as aligned columns, in the order of the first row's keys."""
-    names = list(rows[0])
-    cells = [names] + [[_cell(row.get(name, "")) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, VocabError) as error:
         log(f"medmax {name}: {error}")
         return 2
-    except TooManyRejected as over:
-        print_result(over.result)
-        log(f"medmax {name}: {over}")
+    except Incomplete as left:
+        print_result(left.result)
+        log(f"medmax {name}: {left}")
         return 3
     except KeyboardInterrupt:
         log(f"medmax {name}: interrupted; what was finished is kept, the same command continues")

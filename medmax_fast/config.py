@@ -13,12 +13,12 @@ VQGAN = "vqgan.ckpt to use in place of what the checkpoint holds of it, so that 
 SHARDS = "files of a checkpoint in the Chameleon layout, as Chameleon-30B has four (0: as many as the source had)"
 
 
-def option(default, text: str, choices: tuple[str, ...] = (), off: str = ""):
+def option(default, text: str, choices: tuple[str, ...] = (), off: str = "", positional: bool = False):
     """A flag with a default, its help text and, where it is one of a few words, the words.
 
     off: of a flag that is on or off, the name of its opposite (default: `no-` before its own).
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "off": off})
+    return field(default=default, metadata={"help": text, "choices": choices, "off": off, "positional": positional})
 
 
 def required(text: str, choices: tuple[str, ...] = (), positional: bool = False):
@@ -302,9 +302,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """Render evaluation and training runs as Markdown and HTML, beside the published rows."""
+class BenchConfig:
+    """Measure a suite of benchmarks in a checkout, each stage after the tests that guard it."""
 
-    runs: tuple[str, ...] = required("evaluation, training or store folders", positional=True)
+    stages: tuple[str, ...] = option((), "stages to run (default: all of the suite)", positional=True)
+    suite: str = option("auto", "what to measure (auto: gpu where there is one)", ("auto", "cpu", "gpu"))
+    dry: bool = option(False, "tiny sizes on the CPU, interpreted kernels: shows that it runs, not how fast")
+    output: str = option("", "folder for benchmark.json, table.md and the log (default: none are kept)")
+    limit: float = option(0.0, "seconds after which no stage is begun and the running one is stopped (0: none)")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Render evaluation, training and benchmark runs as Markdown and HTML, beside the published rows."""
+
+    runs: tuple[str, ...] = required("evaluation, training, benchmark or store folders", positional=True)
     output: str = required("folder for report.md and report.html")
     title: str = option("medmax_fast report", "heading of the report")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmax_fast import __version__, figures
+from medmax_fast.bench import table as benchmark
 from medmax_fast.config import ReportConfig
 from medmax_fast.data.rows import read_rows
 from medmax_fast.eval.reporting.browser import EvalRun
@@ -27,6 +28,7 @@ KINDS = {
     "generation": ("outputs.jsonl",),
     "training": ("metrics.jsonl",),
     "store": ("manifest.json", "ids.bin"),
+    "benchmark": ("benchmark.json",),
 }
 # Prompts shown per report; all of them stay in outputs.jsonl.
 SHOWN_PROMPTS = 40
@@ -103,6 +105,11 @@ def _read(kind: str, path: Path, file: Path):
         from medmax_fast.data.summary import store_summary
 
         return store_summary(TokenStore(path))
+    if kind == "benchmark":
+        result = read_json(file)
+        if wrong := benchmark.problem(result):
+            raise InputError(f"{file}: {wrong}; expected what `medmax bench` writes")
+        return result
     if kind == "evaluation":
         results = read_json(file)
         if not isinstance(results, dict) or not results.get("tasks"):
@@ -140,6 +147,9 @@ def _sections(runs: list[Run], pictures: Pictures) -> Iterator[str]:
         elif kind == "training":
             yield "## Training"
             yield from (_training(run, pictures) for run in group)
+        elif kind == "benchmark":
+            yield "## Benchmarks"
+            yield from (benchmark.markdown(run.data) for run in group)
         else:
             yield "## Data"
             yield from (_store(run, pictures) for run in group)

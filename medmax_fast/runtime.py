@@ -30,16 +30,23 @@ class InputError(ValueError):
     """
 
 
-class TooManyRejected(Exception):
-    """The command finished, but more inputs were rejected than allowed (exit status 3); `result` is its summary."""
+class Incomplete(Exception):
+    """The command finished, but not all of it came out (exit status 3); `result` is its summary."""
 
-    def __init__(self, result: dict, limit: int):
-        super().__init__(f"{result['rejected']} inputs rejected, {limit} allowed")
+    def __init__(self, result: dict, message: str):
+        super().__init__(message)
         self.result = result
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """An error's message on one line, cut to `most` characters; its type where there is none."""
+class TooManyRejected(Incomplete):
+    """More inputs were rejected than allowed."""
+
+    def __init__(self, result: dict, limit: int):
+        super().__init__(result, f"{result['rejected']} inputs rejected, {limit} allowed")
+
+
+def one_line(error: BaseException | str, most: int = 300) -> str:
+    """A message on one line, cut to `most` characters; an error's type where it has none."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= most else line[:most] + "..."
 
@@ -47,6 +54,19 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def log(message: str) -> None:
     """One line on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows as aligned columns on standard output, in the order of the first row's keys."""
+    names = list(rows[0])
+    cells = [names] + [[table_cell(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def table_cell(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def versions() -> dict[str, str]:

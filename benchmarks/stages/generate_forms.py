@@ -17,20 +17,21 @@ import torch
 from torch.nn import functional as F
 
 from medmax_fast.generate import grammar
-from medmax_fast.generate.cache import position_bytes
 from medmax_fast.generate.engine import Engine
-from medmax_fast.generate.pages import PAGE, Lease, pages_of
+from medmax_fast.generate.pages import PAGE, pages_of
 from medmax_fast.generate.prompts import PromptEncoder
 from medmax_fast.generate.requests import PicturePiece, Request
+from medmax_fast.generate.samples import PREVIEW
 from medmax_fast.model.decoder import Decoder
 from medmax_fast.model.init import SHAPES, RandomCheckpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.runtime import pick_dtype
-from medmax_fast.training.speed import linear_parameters
-from medmax_fast.vocab import IMAGE_CODES
+from medmax_fast.vocab import IMAGE_CODES, IMAGE_IDS
 
 DEFAULTS = Request("", token_ids=[])
+# Ids of a question's words, and of its prompt: bos, image, question, eot.
 QUESTION_IDS = 12
+PROMPT_IDS = 1 + IMAGE_IDS + QUESTION_IDS + 1
 
 
 class Models:
@@ -165,7 +166,7 @@ def text_prompts(layout, count: int, length: int, *seed: int) -> list[list[int]]
 def question_prompts(layout, turns: int, questions: int, images: int) -> np.ndarray:
     """bos, image, question, eot: [turns, questions, images, ids]."""
     rng = np.random.default_rng(0)
-    asked = np.empty((turns, questions, images, IMAGE_CODES + 4 + QUESTION_IDS), dtype=np.int64)
+    asked = np.empty((turns, questions, images, PROMPT_IDS), dtype=np.int64)
     asked[..., 0], asked[..., -1] = layout.bos, layout.eot
     words = rng.integers(layout.text_start, layout.vocab_size, (*asked.shape[:3], QUESTION_IDS))
     asked[..., -1 - QUESTION_IDS : -1] = words
@@ -188,7 +189,8 @@ def write(engine: Engine, prompts: list[list[int]], new: int, alone: bool = Fals
 
 
 def draw(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """The first codes of a picture for each prompt, greedy; the rest is not drawn."""
+    """The first codes of a picture for each prompt, greedy; the rest is not drawn. Pieces come every PREVIEW codes."""
+    assert count % PREVIEW == 0, count
     requests = [Request(str(i), token_ids=prompt, mode="image", greedy=True) for i, prompt in enumerate(prompts)]
     drawn: dict[str, list[int]] = {}
     with closing(engine.stream(requests, len(requests))) as events:
@@ -228,35 +230,6 @@ def compare(found: list[list[int]], expected: list[list[int]], logits: Callable 
         "agree_mean": float(np.mean(agree)) if agree else None,
         "logit_gap": gap if logits is not None else None,
     }
-
-
-def step_bytes(decoder: Decoder, prompt: int, answers: list[list[int]], batch: int) -> float:
-    """Mean bytes that a step reads: weights, and keys and values of the streams that still run."""
-    turns = [answers[i : i + batch] for i in range(0, len(answers), batch)]
-    steps = sum(max(map(len, turn)) - 1 for turn in turns)
-    positions = sum(prompt + k for answer in answers for k in range(1, len(answer)))
-    return decoder.step_bytes() + position_bytes(decoder) * positions / steps
-
-
-class PrefillCount:
-    """Counts what the packed passes of an engine compute: ids, and pairs of a query and a key it sees."""
-
-    def __init__(self, engine: Engine):
-        self._plan, self._shape = engine.cache.prefill, engine.decoder.shape
-        self.ids = self.pairs = 0
-        engine.cache.prefill = self
-
-    def __call__(self, leases: list[Lease], lengths: list[int]):
-        for lease, length in zip(leases, lengths, strict=True):
-            self.ids += length - lease.cached
-            self.pairs += (length * (length + 1) - lease.cached * (lease.cached + 1)) // 2
-        return self._plan(leases, lengths)
-
-    def flop(self, answers: int) -> int:
-        """Of the layers' products, the head's for one id per answer, and attention."""
-        shape, (blocks, head) = self._shape, linear_parameters(self._shape)
-        attention = 4 * shape.layers * shape.heads * shape.head_dim * self.pairs
-        return 2 * blocks * self.ids + 2 * head * answers + attention
 
 
 @torch.inference_mode()

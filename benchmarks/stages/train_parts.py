@@ -171,6 +171,18 @@ class LigerMLP(fused.GatedMLP):
 
 
 @contextlib.contextmanager
+def recomputing(model: Model, kind: str) -> Iterator[None]:
+    """Activations are computed again in the backward pass, as `kind` says: none, selective or layers."""
+    if kind != "none":
+        recompute_activations(model.model, kind == "selective")
+    try:
+        yield
+    finally:
+        # The name before transformers 5.2x is the second one.
+        getattr(model.model, "activation_checkpointing_disable", model.model.gradient_checkpointing_disable)()
+
+
+@contextlib.contextmanager
 def torch_step(model: Model, row: Row, batches: list[dict], targets: int) -> Iterator[Step]:
     """The optimizer step of `batches` in plain torch; its loss is divided by `targets`."""
     trained = model.trained()
@@ -200,8 +212,6 @@ def engine_step(model: Model, row: Row, batches: list[dict], targets: int) -> It
     """The same through the engine that `medmax train` builds."""
     from deepspeed.utils import safe_get_full_grad
 
-    if row.recompute != "none":
-        recompute_activations(model.model, row.recompute == "selective")
     packed = PackedModel(model.model, model.layout).train()
     config = replace(CONFIG, packs_per_step=len(batches), recompute=row.recompute)
     engine = ds.build_engine(packed, config, model.device, model.dtype, 1)
@@ -225,5 +235,3 @@ def engine_step(model: Model, row: Row, batches: list[dict], targets: int) -> It
     finally:
         engine.destroy()
         model.model.zero_grad()
-        # The name before transformers 5.2x is the second one.
-        getattr(model.model, "activation_checkpointing_disable", model.model.gradient_checkpointing_disable)()

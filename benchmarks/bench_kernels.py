@@ -1,0 +1,183 @@
+"""Every Triton kernel beside what it replaces: first right, then timed, with the floor of its work.
+
+    PYTHONPATH=. python -m benchmarks.bench_kernels [--only vq,loss] [--quick] [--seed N] [--output FILE.json]
+
+A section is one kernel on one or more shapes (benchmarks/cases/); a row one form of it. "ours" is the kernel,
+also under TRITON_INTERPRET=1, where its speed means nothing; on a CPU without it there is only a "torch reference".
+
+Data are random, of a new seed on every run, which the result names. Of every form the differences from a reference are
+taken before any is timed: integers and pixels of ours must be equal to it, floats within twice the error of the plain
+torch form against float64, or the shape gets no row. Memory that our kernels write to holds poison before.
+
+On a GPU calls are timed in tens, so that one is launched while the one before runs, those of generation as the replay
+of a CUDA graph. Forms take turns, slow ones in a second round. share: the floor of what must be moved and multiplied,
+by the rates of a large copy and a large product in the same run, over the time. times: how many times as fast as the
+form that all are compared with, which has 1. extra_mb: most memory beyond the operands during a call, results too, GPU
+only; of_whole: as a share of what the textbook form stores in between.
+
+A failed case leaves the others as they are; the exit status is then 1. With --output all is written after each section.
+"""
+
+import argparse
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.cases import codes as code
+from benchmarks.cases import decoding as decode
+from benchmarks.cases import images as image
+from benchmarks.cases import loss as loss
+from benchmarks.cases import sampling as sampling
+from benchmarks.cases import training as train
+from benchmarks.cases.case import Case, Draw, Work
+from benchmarks.harness import Roofline, environment, evidence, extra_bytes, in_turns, report
+from medmax_fast.kernels.launch import INTERPRETED, triton
+from medmax_fast.runtime import write_json
+
+# The cases of each kernel at a size: "gpu", "cpu" or "quick".
+STAGES: dict[str, Callable[[str], list[Case]]] = {
+    "vq": code.vq_cases,
+    "remap": code.remap_cases,
+    "resample": image.resample_cases,
+    "group_norm": image.group_norm_cases,
+    "norm_rope": train.norm_rope_cases,
+    "rms_norm": train.rms_norm_cases,
+    "swiglu": train.swiglu_cases,
+    "loss": loss.loss_cases,
+    "norm_rope_store": decode.norm_rope_store_cases,
+    "paged_attention": decode.paged_attention_cases,
+    "sampling": sampling.sampling_cases,
+}
+# On a GPU forms that take longer are timed one call at a time, which costs them a wait of a few microseconds.
+SLOW_S = 0.004
+FAILURES = (AssertionError, RuntimeError, ValueError) + ((triton.errors.TritonError,) if triton else ())
+SHOWN = ("stage", "shape", "form", "p50_s", "times", "share", "bound", "gb_per_s", "tflop_per_s")
+
+
+def floors(size: str = "gpu") -> list[dict]:
+    """What each case must move and multiply, in the names of the evidence; allocates nothing and needs no GPU."""
+    return [
+        {"stage": stage, "shape": case.shape, "moved_bytes": case.moved, "flop": case.flop}
+        for stage, cases in STAGES.items()
+        for case in cases(size)
+    ]
+
+
+def captured(call: Callable[[], object], calls: int) -> Callable[[], object]:
+    """The replay of a CUDA graph of so many calls."""
+    # Outside of the capture first, on another stream, as torch asks for.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
+def seconds(work: Work, device: str, repeats: int) -> dict[str, dict[str, float]]:
+    """p20, p50 and p80 of the work in each form; each has run before."""
+    calls, shares = {}, {}
+    for name, form in work.forms.items():
+        calls[name], shares[name] = form.call, form.share
+        if device == "cuda" and form.captured:
+            calls[name], shares[name] = captured(form.call, form.captured), form.share * form.captured
+    slow = {name for name, call in calls.items() if device == "cuda" and min(once(call), once(call)) > SLOW_S}
+    found = {}
+    for together, names in ((None, calls.keys() - slow), (1, slow)):
+        # In the order of the forms.
+        turns = {name: call for name, call in calls.items() if name in names}
+        found |= in_turns(turns, device, repeats, together)
+    return {name: {p: taken / share for p, taken in found[name].items()} for name, share in shares.items()}
+
+
+def once(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[list[dict], list[dict]]:
+    """(rows to print, evidence), a row for each form; raises one of FAILURES where a form fails or ours is wrong."""
+    work = case.make(draw)
+    quality = {name: work.quality(name) for name in work.forms}
+    extra = {name: extra_bytes(form.call) if draw.device == "cuda" else None for name, form in work.forms.items()}
+    times = seconds(work, draw.device, repeats)
+    rows, found = [], []
+    for name in work.forms:
+        beside = (work.beside, times[work.beside]["p50_s"])
+        done = {"moved": case.moved, "flop": case.flop, "items": case.items, "beside": beside}
+        row = evidence(case.stage, case.shape, name, times[name], roofline, quality=quality[name], **done)
+        memory = {"extra_mb": None, "of_whole": None}
+        if extra[name] is not None:
+            memory = {"extra_mb": extra[name] / 1e6, "of_whole": extra[name] / case.whole if case.whole else None}
+        found.append(row)
+        differences = ", ".join(f"{key} {value:.3g}" for key, value in quality[name].items())
+        rows.append({key: row[key] for key in SHOWN} | memory | {"quality": differences})
+    return rows, found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="every kernel: time, memory, floor, and what shows that it is right")
+    parser.add_argument("--only", default=",".join(STAGES), help="kernels to run, with commas (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 31), help="of the data (default: a new one)")
+    parser.add_argument("--output", help="JSON file to write")
+    arguments = parser.parse_args()
+    arguments.only = arguments.only.split(",")
+    if unknown := set(arguments.only) - set(STAGES):
+        parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(STAGES)}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    size, repeats = ("quick", 2) if arguments.quick else ("gpu", 9) if device == "cuda" else ("cpu", 9)
+    roofline = Roofline.measure(device, arguments.quick)
+    facts = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "interpreted": INTERPRETED,
+        "seed": arguments.seed,
+        "size": size,
+        "copy_bytes_per_s": roofline.copy,
+        "product_flop_per_s": roofline.product,
+        "stage_s": {},
+        "failed": {},
+        "evidence": [],
+    }
+    rows: list[dict] = []
+    for stage in arguments.only:
+        # What is left of the stage before it.
+        gc.collect()
+        start = time.perf_counter()
+        for case in STAGES[stage](size):
+            try:
+                # Of the seed alone, whatever else --only names.
+                printed, found = measure(case, Draw(device, arguments.seed), roofline, repeats)
+            except FAILURES as error:
+                # The others are still worth a machine's time.
+                facts["failed"].setdefault(stage, []).append(f"{case.shape}: {type(error).__name__}: {error}")
+                print(f"{stage}, {facts['failed'][stage][-1]}", flush=True)
+                continue
+            rows += printed
+            facts["evidence"] += found
+        facts["stage_s"][stage] = time.perf_counter() - start
+        print(f"{stage}: {facts['stage_s'][stage]:.1f} s", flush=True)
+        if arguments.output:
+            write_json(arguments.output, {"benchmark": "kernels", **facts, "environment": environment(), "rows": rows})
+    report("kernels", rows or [{"stage": "nothing measured"}], arguments.output, **facts)
+    sys.exit(int(bool(facts["failed"])))
+
+
+if __name__ == "__main__":
+    main()
