@@ -15,15 +15,16 @@ by the rates of a large copy and a large product in the same run, over the time.
 form that all are compared with, which has 1. extra_mb: most memory beyond the operands during a call, results too, GPU
 only; of_whole: as a share of what the textbook form stores in between.
 
-A failed case leaves the others as they are; the exit status is then 1. With --output all is written after each section.
+A failed case leaves the others as they are, and a form of another compiler that fails its own; the exit status is then
+1. With --output all is written after each section.
 """
 
 import argparse
-import gc
 import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -33,10 +34,11 @@ from benchmarks.cases import images as image
 from benchmarks.cases import loss as loss
 from benchmarks.cases import sampling as sampling
 from benchmarks.cases import training as train
-from benchmarks.cases.case import Case, Draw, Work
+from benchmarks.cases.case import COMPILED, LIGER, Case, Draw, Work
 from benchmarks.harness import Roofline, environment, evidence, extra_bytes, in_turns, report
-from medmax_fast.kernels.launch import INTERPRETED, triton
-from medmax_fast.runtime import write_json
+from benchmarks.sections import FAILURES, forget
+from medmax_fast.kernels.launch import INTERPRETED
+from medmax_fast.runtime import one_line, write_json
 
 # The cases of each kernel at a size: "gpu", "cpu" or "quick".
 STAGES: dict[str, Callable[[str], list[Case]]] = {
@@ -54,7 +56,6 @@ STAGES: dict[str, Callable[[str], list[Case]]] = {
 }
 # On a GPU forms that take longer are timed one call at a time, which costs them a wait of a few microseconds.
 SLOW_S = 0.004
-FAILURES = (AssertionError, RuntimeError, ValueError) + ((triton.errors.TritonError,) if triton else ())
 SHOWN = ("stage", "shape", "form", "p50_s", "times", "share", "bound", "gb_per_s", "tflop_per_s")
 
 
@@ -106,10 +107,20 @@ def once(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[list[dict], list[dict]]:
-    """(rows to print, evidence), a row for each form; raises one of FAILURES where a form fails or ours is wrong."""
-    work = case.make(draw)
-    quality = {name: work.quality(name) for name in work.forms}
+def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[list[dict], list[dict], list[str]]:
+    """(rows to print, evidence, reasons), a row for each form but those of other compilers that fail, with the reason.
+
+    Raises one of FAILURES where another form fails or ours is wrong.
+    """
+    work, quality, reasons = case.make(draw), {}, []
+    for name in work.forms:
+        try:
+            quality[name] = work.quality(name)
+        except FAILURES as error:
+            if name not in (COMPILED, LIGER):
+                raise
+            reasons.append(f"{case.shape}, {name}: {type(error).__name__}: {one_line(error)}")
+    work = replace(work, forms={name: work.forms[name] for name in quality})
     extra = {name: extra_bytes(form.call) if draw.device == "cuda" else None for name, form in work.forms.items()}
     times = seconds(work, draw.device, repeats)
     rows, found = [], []
@@ -123,7 +134,7 @@ def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[l
         found.append(row)
         differences = ", ".join(f"{key} {value:.3g}" for key, value in quality[name].items())
         rows.append({key: row[key] for key in SHOWN} | memory | {"quality": differences})
-    return rows, found
+    return rows, found, reasons
 
 
 def parse() -> argparse.Namespace:
@@ -151,28 +162,29 @@ def main() -> None:
         "size": size,
         "copy_bytes_per_s": roofline.copy,
         "product_flop_per_s": roofline.product,
-        "stage_s": {},
+        "section_s": {},
         "failed": {},
         "evidence": [],
     }
     rows: list[dict] = []
     for stage in arguments.only:
-        # What is left of the stage before it.
-        gc.collect()
         start = time.perf_counter()
         for case in STAGES[stage](size):
+            # What is left of the case before it.
+            forget()
             try:
                 # Of the seed alone, whatever else --only names.
-                printed, found = measure(case, Draw(device, arguments.seed), roofline, repeats)
+                printed, found, reasons = measure(case, Draw(device, arguments.seed), roofline, repeats)
             except FAILURES as error:
                 # The others are still worth a machine's time.
-                facts["failed"].setdefault(stage, []).append(f"{case.shape}: {type(error).__name__}: {error}")
-                print(f"{stage}, {facts['failed'][stage][-1]}", flush=True)
-                continue
+                printed, found, reasons = [], [], [f"{case.shape}: {type(error).__name__}: {one_line(error)}"]
+            for reason in reasons:
+                facts["failed"].setdefault(stage, []).append(reason)
+                print(f"{stage}, {reason}", flush=True)
             rows += printed
             facts["evidence"] += found
-        facts["stage_s"][stage] = time.perf_counter() - start
-        print(f"{stage}: {facts['stage_s'][stage]:.1f} s", flush=True)
+        facts["section_s"][stage] = time.perf_counter() - start
+        print(f"{stage}: {facts['section_s'][stage]:.1f} s", flush=True)
         if arguments.output:
             write_json(arguments.output, {"benchmark": "kernels", **facts, "environment": environment(), "rows": rows})
     report("kernels", rows or [{"stage": "nothing measured"}], arguments.output, **facts)

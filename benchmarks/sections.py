@@ -10,6 +10,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
+from subprocess import SubprocessError
 
 import torch
 
@@ -18,8 +19,9 @@ from medmax_fast.kernels.launch import triton
 from medmax_fast.runtime import one_line, print_table, write_json
 
 # What ends a section but not the others: a wrong result, too little memory, a library that is missing or of another
-# version, a kernel that cannot be compiled or launched.
-FAILURES = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+# version, a kernel that cannot be compiled or launched, for which triton and torch.compile run programs.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+FAILURES += (SubprocessError, TypeError, ValueError)
 if triton is not None:
     FAILURES += (triton.TritonError,)
 

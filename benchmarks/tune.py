@@ -16,7 +16,6 @@ variant of a kernel spill, of shapes that are not tried here either.
 """
 
 import argparse
-import gc
 import math
 import random
 import sys
@@ -27,9 +26,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_kernels import FAILURES, STAGES, seconds
+from benchmarks.bench_kernels import STAGES, seconds
 from benchmarks.cases.case import Case, Draw, Work
 from benchmarks.harness import Roofline, environment, report
+from benchmarks.sections import FAILURES, forget
 from medmax_fast.kernels.blocks import blocks, override
 from medmax_fast.kernels.launch import INTERPRETED
 from medmax_fast.runtime import one_line, write_json
@@ -201,7 +201,7 @@ def main() -> None:
         cases = STAGES[GRIDS[op].stage](size)[GRIDS[op].cases]
         try:
             for case in cases:
-                gc.collect()
+                forget()
                 of_case, left_out = measure(op, case, candidates, Draw(device, arguments.seed), roofline, repeats)
                 found += of_case
                 if left_out:

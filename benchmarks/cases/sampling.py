@@ -14,7 +14,7 @@ from medmax_fast.generate.requests import Request
 from medmax_fast.kernels import sampling
 from medmax_fast.kernels.sampling import pick_image, pick_text
 
-TEXTBOOK = "sort and multinomial"
+TEXTBOOK = "sort and multinomial, launched"
 DEFAULTS = Request("", token_ids=[])
 
 # Rows of text, vocabulary, rows of an image, codes, type of the logits.

@@ -83,7 +83,8 @@ def work_of(draw: Draw, operation: Operation, backward: bool) -> Work:
     """Forward, or forward and backward, of all forms; torch.compile's is that of the plain form."""
     part = functools.partial(outcome_of, trained=operation.trained, backward=backward)
     binds = {name: bind for name, bind in operation.others.items() if name != LIGER or liger_runs(draw)}
-    if operation.compile and draw.device == "cuda":
+    # Of forward and backward only: each takes seconds to compile.
+    if operation.compile and backward and draw.device == "cuda":
         binds[COMPILED] = lambda *tensors: torch.compile(operation.others[PLAIN](*tensors), dynamic=False)
     forms = {name: part(bind, operation.tensors) for name, bind in binds.items()}
 

@@ -6,7 +6,9 @@ Benchmarks and tests are part of a checkout, not of the installed package.
 """
 
 import itertools
+import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,9 @@ def bench(config: BenchConfig) -> dict:
         raise InputError(f"--limit {config.limit:g}: expected seconds, or 0 for none")
     if config.output and (Path(config.output) / RESULT).exists():
         raise InputError(f"{Path(config.output) / RESULT}: a run is there already; choose another --output")
+    # As Ctrl-C does, a request to end must stop the process that is being measured.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     deadline = time.monotonic() + (config.limit or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(config.output or scratch)
@@ -37,7 +42,7 @@ def bench(config: BenchConfig) -> dict:
             _run(run, list(group))
         # The tests marked gpu that guard no stage come last.
         if suite == "gpu" and not config.stages:
-            run.test(_other_tests(run))
+            run.test(_other_tests(run), guards=False)
             run.save()
     return _summary(run, config)
 

@@ -1,8 +1,8 @@
 """One run of a suite: tests and benchmarks in processes of their own, and what has come of them so far.
 
 The processes have the checkout at the end of their path, so that the package they test and measure is the one that is
-installed. Past the deadline the running one is stopped; a benchmark writes its result after every section, and what it
-has written by then counts.
+installed. Past the deadline, tests at a share of the time that is left, the running one is stopped; a benchmark writes
+its result after every section, and what it has written by then counts.
 """
 
 import contextlib
@@ -19,14 +19,19 @@ from pathlib import Path
 
 from medmax_fast.bench.stages import Stage
 from medmax_fast.bench.table import markdown, rows_problem
-from medmax_fast.runtime import InputError, atomic_path, log, one_line, read_json, write_json
+from medmax_fast.runtime import atomic_path, log, one_line, read_json, write_json
 
 RESULT, TABLE, LOG = "benchmark.json", "table.md", "log.txt"
 # Seconds below which nothing more is begun.
 SHORTEST = 5.0
-# Test processes on one GPU, each with half a gigabyte of it and a core on which it compiles kernels.
-WORKERS = 8
-NOT_RUN = "its tests were not reached"
+# Test processes on one GPU, each with half a gigabyte of it and a core on which it compiles kernels; and for a module.
+# Each takes seconds to start.
+WORKERS, MODULE_WORKERS = 16, 4
+# Seconds after which a test hangs: its process is ended, and another one goes on with the next test.
+HANGS = 150
+# What tests may take of the time that is left: if they never end, there are other stages.
+TESTS_SHARE = 0.65
+NOT_RUN = "its tests were not finished"
 _MODULE = (
     "import runpy, sys; root, name = sys.argv[1:3]; del sys.argv[1:3]; sys.path.append(root); "
     "runpy.run_module(name, None, '__main__', True)"
@@ -85,9 +90,16 @@ class Run:
         self.stages.append({"stage": stage, "status": status, "reason": reason, "seconds": seconds})
         log(f"{stage}: {status}" + f" ({reason})" * bool(reason))
 
-    def test(self, modules: Sequence[str]) -> None:
-        """Run the tests marked gpu of modules that have not run yet; in a dry run they are collected only."""
+    def test(self, modules: Sequence[str], guards: bool = True) -> None:
+        """Run the tests marked gpu of modules that have not run yet; in a dry run they are collected only.
+
+        guards: stages wait for them. Else they may take all the time there is, and skip every test.
+        """
         modules = [name for name in dict.fromkeys(modules) if name not in self.red]
+        # pytest runs nothing at all if one of its files is missing.
+        for name in [name for name in modules if not (self.root / "tests" / f"test_{name}.py").is_file()]:
+            self.passed[name], self.red[name] = 0, [f"test_{name}: no such file in tests/"]
+            modules.remove(name)
         if not modules or self._left() < SHORTEST:
             return
         began = time.monotonic()
@@ -99,8 +111,11 @@ class Run:
         else:
             options.append(f"--junitxml={report}")
             if find_spec("xdist"):
-                options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-        status = self._process("pytest", [*options, *(f"tests/test_{name}.py" for name in modules)])
+                options += ["-n", str(min(WORKERS, MODULE_WORKERS * len(modules), os.cpu_count() or 1))]
+                if find_spec("pytest_timeout"):
+                    options += [f"--timeout={HANGS}", "--timeout-method=thread"]
+        files = [f"tests/test_{name}.py" for name in modules]
+        status = self._process("pytest", [*options, *files], (TESTS_SHARE if guards else 1.0) * self._left())
         found = read_tests(report) if report.is_file() else {}
         report.unlink(missing_ok=True)
         for name in modules:
@@ -109,7 +124,7 @@ class Run:
                 red = red or [NOT_RUN]
             elif self.dry:
                 red = [] if status == 0 else [f"test_{name}: cannot be collected"]
-            elif not passed and not red:
+            elif guards and not passed and not red:
                 red = [f"test_{name}: none of its tests ran"]
             self.passed[name], self.red[name] = passed, red
         reds = [red for name in modules for red in self.red[name]]
@@ -140,34 +155,37 @@ class Run:
             arguments += ["--only", ",".join(names)]
         if self.dry:
             arguments.append("--quick")
-        status = self._process(f"benchmarks.bench_{module}", arguments)
+        status = self._process(f"benchmarks.bench_{module}", arguments, self._left())
         found = read_json(report) if report.is_file() else {}
         report.unlink(missing_ok=True)
         if found:
             self.benchmarks[module] = found
-        rows = found.get("evidence", [])
+        rows, failed = found.get("evidence", []), found.get("failed", {})
         if wrong := rows_problem(rows):
-            raise InputError(f"benchmarks/bench_{module}.py: evidence: {wrong}")
+            rows, failed = [], dict.fromkeys(names, f"benchmarks/bench_{module}.py: evidence: {wrong}")
         self.rows += rows
-        failed, there = found.get("failed", {}), {row["stage"] for row in rows}
+        there = {row["stage"] for row in rows}
+        # Of one that was stopped or died only these are whole; the last one may lack rows.
+        ended = names if status == 0 else found.get("section_s", {})
         seconds = (time.monotonic() - began) / len(stages)
         for name in names:
             if name in failed:
                 # A reason, or one for each shape that failed.
                 reasons = failed[name] if isinstance(failed[name], list) else [failed[name]]
                 self.end(name, "failed", "; ".join(one_line(reason) for reason in reasons), seconds)
-            elif name in there or (status == 0 and not stages[0].section):
+            elif (name in there and name in ended) or (status == 0 and not stages[0].section):
                 self.end(name, "done", "", seconds)
             elif status is None:
                 self.end(name, "limit", "stopped", seconds)
             else:
-                self.end(name, "failed", f"exit status {status} without a row of it; see the log", seconds)
+                without = "before its end" if name in there else "without a row of it"
+                self.end(name, "failed", f"exit status {status} {without}; see the log", seconds)
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _process(self, module: str, arguments: Sequence[str]) -> int | None:
-        """Exit status of a module run with the checkout's root as its folder; None if the deadline stopped it."""
+    def _process(self, module: str, arguments: Sequence[str], limit: float) -> int | None:
+        """Exit status of a module run in the checkout's root; None if it was stopped after so many seconds."""
         environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         if self.dry:
             # The interpreter gains nothing from threads, and loses by those of two processes on the same cores.
@@ -181,7 +199,7 @@ class Run:
                 command, cwd=self.root, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                return process.wait(None if self._left() == float("inf") else max(self._left(), 0.0))
+                return process.wait(None if limit == float("inf") else max(limit, 0.0))
             except subprocess.TimeoutExpired:
                 return None
             finally:

@@ -38,9 +38,9 @@ SUITES = {
     "gpu": [
         *_sections("kernels", KERNELS),
         *_sections("collate", {"collate": "collate"}),
-        *_sections("images", {"encoder": "vqgan gpu", "tokenize": "vqgan resample gpu"}),
-        *_sections("generate", dict.fromkeys(("text", "pictures", "vqa"), "generate gpu")),
-        *_sections("train", {"train": "attention loss gpu"}),
+        *_sections("images", {"encoder": "vqgan", "tokenize": "vqgan resample tokenization"}),
+        *_sections("generate", dict.fromkeys(("text", "pictures", "vqa"), "generate generate_command")),
+        *_sections("train", {"train": "attention loss gpu_training"}),
     ],
     "cpu": [Stage("pixels", "images"), *(Stage(name, name, section=False) for name in WHOLE)],
 }

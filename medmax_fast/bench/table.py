@@ -114,5 +114,6 @@ def summary(result: dict) -> str:
     tests = result["tests"].values()
     red = sum(len(test["red"]) for test in tests)
     counted = f"{sum(test['passed'] for test in tests):,} tests passed, {red} red. " * bool(tests)
-    dry = "Sizes are tiny and kernels are interpreted: the times mean nothing. " * result["dry"]
-    return plain(f"{dry}{counted}{', '.join(named)}. {result['seconds']:.0f} s in all.")
+    if result["dry"]:
+        counted = "Tests are collected, sizes tiny and kernels interpreted: the times mean nothing. "
+    return plain(f"{counted}{', '.join(named)}. {result['seconds']:.0f} s in all.")
