@@ -1,16 +1,34 @@
-"""Fixtures shared by all tests; Triton runs in its interpreter wherever there is no GPU."""
+"""Fixtures shared by all tests, and what the mark `gpu` means; without a GPU Triton runs in its interpreter.
 
+`pytest -m gpu` selects all that says something about a GPU, in two forms (pyproject.toml):
+- `gpu`: needs one, and is skipped where there is none;
+- `gpu(required=False)`: runs on one where there is one, else in the interpreter or on the CPU. Such a module has a
+  DEVICE. Every kernel's module carries it, see test_gpu_marks.py.
+A test without the mark is about the CPU: it sees no GPU, so that `--device auto` means the same everywhere.
+"""
+
+import fcntl
+import gc
 import json
 import os
+import secrets
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# The benchmarks as a package, without the root on the path, where kernels/ would shadow the package of that name.
+sys.modules["benchmarks"] = types.ModuleType("benchmarks")
+sys.modules["benchmarks"].__path__ = [str(ROOT / "benchmarks")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Before torch is imported: OpenMP threads of several workers on the same cores slow each other down.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _has_gpu() -> bool:
@@ -19,17 +37,82 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+HAS_GPU = _has_gpu()
 # Must be set before triton is first imported.
-if not _has_gpu():
+if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests marked gpu are left out where there is none."""
-    if not _has_gpu():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Tests that need a GPU are left out where there is none."""
+    for item in () if HAS_GPU else items:
+        # The nearest mark counts: a function's own before its module's.
+        mark = item.get_closest_marker("gpu")
+        if mark and mark.kwargs.get("required", True):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide the GPU from a test without the mark, its fixtures and the processes that it starts."""
+    if not HAS_GPU or item.get_closest_marker("gpu"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Say with a failed comparison what repeats it."""
+    try:
+        return (yield)
+    except AssertionError as error:
+        if "fresh_seed" in item.funcargs:
+            error.add_note(f"fresh_seed was {item.funcargs['fresh_seed']}: MEDMAX_SEED={item.funcargs['fresh_seed']}")
+        raise
+
+
+@pytest.fixture()
+def fresh_seed() -> int:
+    """Another number for every test and run, or the environment's MEDMAX_SEED."""
+    return int(os.environ.get("MEDMAX_SEED") or secrets.randbits(31))
+
+
+@pytest.fixture()
+def poisoned(monkeypatch) -> list[tuple[int, ...]]:
+    """What is allocated in the test without being filled holds NaN, or a number that is no id; the shapes, in order."""
+    import torch
+
+    shapes = []
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def filled(*args, allocate=allocate, **kwargs):
+            made = allocate(*args, **kwargs)
+            shapes.append(tuple(made.shape))
+            # Small, so that one that is taken for an index reaches no memory of others.
+            return made.fill_(float("nan") if made.is_floating_point() else -77 if made.dtype.is_signed else 201)
+
+        monkeypatch.setattr(torch, name, filled)
+    return shapes
+
+
+@pytest.fixture()
+def gigabytes(tmp_path_factory):
+    """For tests that take several GB of a GPU: one at a time among xdist's workers, and all of it given back."""
+    if not HAS_GPU:
+        yield
+        return
+    import torch
+
+    # The workers' folders have this parent in common.
+    with open(tmp_path_factory.getbasetemp().parent / "gigabytes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

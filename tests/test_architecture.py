@@ -28,7 +28,8 @@ ALLOWED = {
     "train": {"training", "data", "model", "figures"},
     "eval": {"eval", "generate", "data", "model", "page", "pictures", "figures"},
     "inspection": {"data", "model", "figures"},
-    "report": {"eval", "data", "page", "pictures", "figures", "inspection"},
+    "report": {"bench", "eval", "data", "page", "pictures", "figures", "inspection"},
+    "bench": {"bench", "page"},
     "doctor": {"eval", "data", "model", "kernels", "_csrc"},
 }
 BASE = {"vocab", "config", "runtime"}
@@ -82,7 +83,7 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_import_torch_and_triton_only(path):
-    ours = {"medmax_fast.kernels.launch", "medmax_fast.kernels.launch.use_triton"}
+    ours = {f"medmax_fast.kernels.{name}" for name in ("launch", "launch.use_triton", "blocks", "blocks.blocks")}
     assert {name.split(".")[0] for name in set(imports(path)) - ours} <= {"torch", "triton"}
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attentions import DTYPES_16, ON_A_GPU, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,15 +181,51 @@ def test_a_sequence_does_not_move_its_neighbours(model):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gpu_implementation_is_as_exact_as_sdpa(dtype):
-    lengths = [129, 1, 300, 64]
-    q, k, v, bounds = make_inputs(lengths, heads=8, kv_heads=8, width=64)
-    expected = attention.varlen_attention(q.double(), k.double(), v.double(), bounds, 300)
-    tensors = [x.to("cuda", dtype).contiguous() for x in (q, k, v)]
-    errors = {}
-    for impl in ("auto", "sdpa"):
-        out = attention.varlen_attention(*tensors, bounds.cuda(), 300, impl=impl)
-        errors[impl] = (out.cpu().double() - expected).abs().max().item()
-    assert errors["auto"] <= 2 * errors["sdpa"]
+@pytest.mark.parametrize("dtype", DTYPES_16, ids=str)
+@pytest.mark.parametrize("name", ["auto", *ON_A_GPU])
+def test_as_exact_on_a_gpu_as_sdpa(name, dtype):
+    """Whole sequences, and the last queries of sequences whose beginning is cached."""
+    need(name)
+    lengths, new = [129, 1, 300, 64], [5, 1, 130, 64]
+    q, k, v, bounds = make_inputs(lengths, heads=8, kv_heads=4, width=64)
+    last = torch.cat([torch.arange(end - n, end) for n, end in zip(new, bounds[1:].tolist(), strict=True)])
+    cases = {
+        "whole": (q, {"cu_seqlens": bounds, "max_seqlen": 300}),
+        "last": (q[last], {"cu_seqlens": torch.tensor([0, *new]).cumsum(0).int(), "max_seqlen": 130}),
+    }
+    cases["last"][1].update(cu_seqlens_k=bounds, max_seqlen_k=300)
+    for case, (queries, packing) in cases.items():
+        expected = attention.varlen_attention(queries.double(), k.double(), v.double(), **packing)
+        tensors = [x.to("cuda", dtype).contiguous() for x in (queries, k, v)]
+        on_gpu = {key: x.cuda() if torch.is_tensor(x) else x for key, x in packing.items()}
+        found, own = (
+            attention.varlen_attention(*tensors, **on_gpu, impl=impl).cpu().double() - expected
+            for impl in (name, "sdpa")
+        )
+        # A wrong mask is off by about 1; two units in the last place of a value near 2 are luck.
+        assert found.abs().max() <= max(2 * own.abs().max(), 4 * torch.finfo(dtype).eps), case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES_16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu_a_sequence_moves_no_neighbour(name, dtype):
+    """Neither their outputs nor their gradients, by a single bit. They are short: one block of any kernel each."""
+    need(name)
+    if dtype == torch.float32 and name != "sdpa":
+        pytest.skip("fp32 is sdpa's alone")
+    *tensors, bounds = make_inputs([33, 129, 50, 7], heads=4, kv_heads=4, width=64)
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(7)).to("cuda", dtype)
+    results = []
+    for change in (0.0, 1.0):
+        leaves = [x.to("cuda", dtype).contiguous() for x in tensors]
+        for x in leaves:
+            x[33:162] += change
+            x.requires_grad_()
+        out = attention.varlen_attention(*leaves, bounds.cuda(), 129, impl=name)
+        (out * weights).sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[:33], after[:33]) and torch.equal(before[162:], after[162:])
+        assert before[:33].abs().max() > 0.1 and before.isfinite().all()
+        assert not torch.equal(before[33:162], after[33:162])

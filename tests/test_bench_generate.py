@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from quick_run import quick_run
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = {"ids", "differing", "rows_differing", "agree_least", "agree_mean", "logit_gap"}
@@ -20,27 +18,15 @@ SPEED = {"row", "batch", "unit", "p20_s", "p50_s", "p80_s", "times"}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What a quick run of all sections wrote."""
-    output = tmp_path_factory.mktemp("bench") / "generate.json"
-    command = [sys.executable, "-m", "benchmarks.bench_generate", "--quick", "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert printed.returncode == 0, printed.stdout + printed.stderr
-    result = json.loads(output.read_text())
-    assert json.loads(printed.stdout.splitlines()[-1]) == result
-    return result
+    return quick_run("generate", tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture()
-def benchmarks(monkeypatch):
-    """The benchmarks as a package, without their folder's parent on the path, where kernels/ would shadow another."""
-    package = types.ModuleType("benchmarks")
-    package.__path__ = [str(ROOT / "benchmarks")]
-    monkeypatch.setitem(sys.modules, "benchmarks", package)
-    from benchmarks import bench_generate, generate_forms
+def benchmarks():
+    from benchmarks import bench_generate
+    from benchmarks.stages import generate_forms
 
-    yield bench_generate, generate_forms
-    for name in [name for name in sys.modules if name.startswith("benchmarks.")]:
-        del sys.modules[name]
+    return bench_generate, generate_forms
 
 
 @pytest.fixture()
@@ -61,9 +47,32 @@ def test_every_speed_stands_beside_ids_that_agree(found):
     assert [(row["section"], row["row"], row["p50_s"], row["differing"]) for row in measured] == shown
 
 
+def test_rows_of_the_common_table(found):
+    sections = found["sections"]
+    for stage in ("text", "pictures", "vqa"):
+        rows = [row for row in found["evidence"] if row["stage"] == stage]
+        assert [row["form"] for row in rows] == [row["row"] for row in sections[stage]]
+        for row, own in zip(rows, sections[stage], strict=True):
+            assert row["p50_s"] == own["p50_s"] and row["quality"] == {
+                name: own[name] for name in ("ids", "differing", "logit_gap")
+            }
+            floors = (row["moved_bytes"] or 0) / found["copy_bytes_per_s"], row["flop"] / found["product_flop_per_s"]
+            assert row["share"] == pytest.approx(max(floors) / row["p50_s"])
+    text, pictures, vqa = ([row for row in found["evidence"] if row["stage"] == s] for s in ("text", "pictures", "vqa"))
+    assert {row["shape"] for row in text[2:]} == {"1 step, batch 3, 20 + 8 ids"}
+    assert text[3]["items_per_s"] == pytest.approx(3 / text[3]["p50_s"])
+    assert text[3]["times"] == pytest.approx(text[2]["p50_s"] / text[3]["p50_s"])
+    # A picture has 1,024 codes, and the published shape draws one after the other.
+    assert pictures[2]["items_per_s"] == pytest.approx(2 / 1024 / pictures[2]["p50_s"])
+    assert pictures[2]["times"] == pytest.approx(2 * pictures[0]["p50_s"] / pictures[2]["p50_s"])
+    # One of an image's three questions computes it.
+    assert vqa[0]["flop"] == vqa[2]["flop"] and 0.33 < vqa[3]["flop"] / vqa[0]["flop"] < 0.36
+    assert vqa[3]["times"] == pytest.approx(vqa[0]["p50_s"] / vqa[3]["p50_s"])
+
+
 def test_text(found):
     rows = found["sections"]["text"]
-    assert [(row["row"], row["batch"]) for row in rows] == [(n, b) for b in (1, 3) for n in ("transformers", "engine")]
+    assert [(row["row"], row["batch"]) for row in rows] == [(n, b) for b in (1, 3) for n in ("transformers", "ours")]
     for stock, engine in zip(rows[::2], rows[1::2], strict=True):
         assert stock["times"] == 1 and engine["times"] == pytest.approx(engine["ids_per_s"] / stock["ids_per_s"])
         # Three turns, one of which warms up, of at most eight ids a row.
@@ -75,10 +84,10 @@ def test_text(found):
 
 def test_pictures(found):
     rows = found["sections"]["pictures"]
-    assert [(row["row"], row["batch"]) for row in rows] == [("published, 3 streams", 1), ("engine", 1), ("engine", 2)]
+    assert [(row["row"], row["batch"]) for row in rows] == [("published, 3 streams", 1), ("ours", 1), ("ours", 2)]
     for row in rows:
         # Of a part of a picture no pictures per minute are made up.
-        assert row["codes"] == 64 and row["pictures_per_min"] is None
+        assert row["codes"] == 128 and row["pictures_per_min"] is None
         assert row["times"] == pytest.approx(row["batch"] * rows[0]["p50_s"] / row["p50_s"])
     assert [row["times_alone"] for row in rows[:2]] == [None, 1] and rows[2]["alone_differing"] == 0
     assert rows[2]["times_alone"] == pytest.approx(2 * rows[1]["p50_s"] / rows[2]["p50_s"])
@@ -125,7 +134,7 @@ def test_only_known_sections(benchmarks, monkeypatch, capsys):
 def test_without_torchao(benchmarks, monkeypatch, capsys):
     bench, _ = benchmarks
     monkeypatch.setattr(sys, "argv", ["bench_generate", "--only", "quantize", "--quick"])
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="^0$"):
         bench.main()
     lines = capsys.readouterr().out.splitlines()
@@ -167,21 +176,45 @@ def test_top_p_by_sort(benchmarks):
 
 
 def test_counted_work(benchmarks, models):
-    """FLOP of a prompt of 100 ids, and of a second one that finds its first page; bytes of a step."""
+    """FLOP of a prompt of 100 ids, and of a second one that finds its first page; bytes and FLOP of a step."""
+    from benchmarks.stages import generate_work as work
+
     forms, shape = benchmarks[1], models.shape
     blocks = shape.layers * (4 * shape.dim**2 + 3 * shape.dim * shape.hidden)
     engine = models.engine(2, 128)
-    counted = forms.PrefillCount(engine)
+    counted = work.PrefillCount(engine)
     (prompt,) = forms.text_prompts(models.layout, 1, 100, 0)
     forms.write(engine, [prompt], 1)
     forms.write(engine, [prompt[:64] + forms.text_prompts(models.layout, 1, 36, 1)[0]], 1)
     assert counted.ids == 100 + 36 and counted.pairs == 5050 + (5050 - 2080)
     attention = 4 * shape.layers * shape.dim * counted.pairs
     assert counted.flop(2) == 2 * blocks * 136 + 2 * 2 * shape.dim * shape.vocab_size + attention
-    # Two rows of 3 and 2 new ids after prompts of 10: two steps read 11 + 11 and 12 positions.
-    weights = 4 * (blocks + shape.dim * shape.vocab_size + shape.layers * 6 * shape.dim + shape.dim)
+    # Two rows of 3 and 2 new ids after prompts of 10: two steps read 11 + 11 and 12 positions, for 3 ids.
+    weights = models.decoder.step_bytes()
+    assert weights == 4 * (blocks + shape.dim * shape.vocab_size + shape.layers * 6 * shape.dim + shape.dim)
     position = 2 * shape.layers * shape.dim * 4
-    assert forms.step_bytes(models.decoder, 10, [[1, 1, 1], [1, 1]], 2) == weights + position * 34 / 2
+    head = shape.dim * shape.vocab_size
+    assert work.text_work(shape, 4, 10, [3, 2], 2) == (weights + position * 34 / 2, 2 * 1.5 * (blocks + head))
+    assert work.text_work(shape, 4, 10, [3, 2], 1) == (weights + position * 34 / 3, 2 * (blocks + head))
+    # Three codes of two pictures: two steps, each of two streams after prompts of 5 and 2, see 6 + 3 and 7 + 4.
+    moved, flop = work.picture_work(shape, 4, 5, 3, 2, 100)
+    assert moved == weights - 4 * (head - shape.dim * 100) + position * 2 * (9 + 11) / 2
+    assert flop == 2 * 4 * (blocks + shape.dim * 100)
+
+
+def test_floors_of_7b(benchmarks):
+    bench, _ = benchmarks
+    floors = {(row["stage"], row["shape"]): row for row in bench.floors()}
+    assert len(floors) == len(bench.floors()) == 3 + 5 + 3
+    weights, position = 6_476_005_376 + 32 * 6 * 4096 + 4096, 2 * 32 * 4096 * 2
+    text = floors["text", "1 step, batch 64, 64 + 32 ids"]
+    assert text["moved_bytes"] == 2 * (weights + 268_435_456) + 64 * (64 + 16) * position
+    assert text["flop"] == 2 * 64 * (6_476_005_376 + 268_435_456)
+    picture = floors["pictures", "1 code, batch 64, 1,024 codes each"]
+    assert picture["moved_bytes"] == 2 * (weights + 8192 * 4096) + 64 * (33 + 2 + 1024) * position
+    whole, shared = (floors["vqa", f"1 question of 1,040 ids{more}"] for more in ("", ", batch 64, 8 an image"))
+    assert whole["flop"] == pytest.approx(2 * 6_476_005_376 * 1040, rel=0.03) and not whole["moved_bytes"]
+    assert shared["flop"] == pytest.approx(whole["flop"] * (1 + 7 * 13 / 1040) / 8, rel=0.01)
 
 
 def test_forms_of_one_request_agree(benchmarks, models):
@@ -206,4 +239,4 @@ def test_a_wrong_engine_is_not_timed(benchmarks, models, monkeypatch, section):
     # Of the engine's decoder alone.
     models.decoder.head.neg_()
     with pytest.raises(AssertionError, match="not the ids"):
-        bench.SECTIONS[section](bench.Bench(models, size, 1.0, 1.0))
+        list(bench.SECTIONS[section](bench.Bench(models, size, bench.Roofline(1.0, 1.0))))

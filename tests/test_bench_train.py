@@ -1,17 +1,14 @@
-"""The benchmarks of training: they run, each speed stands beside what shows that it is right, and a wrong one fails."""
+"""The benchmark of training: it runs, each speed stands beside what shows that it is right, and a wrong one fails."""
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
-import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from quick_run import quick_run
 
-from medmax_fast.kernels.swiglu import swiglu_ref
 from medmax_fast.model.init import random_model
 from medmax_fast.model.layout import keys
 from medmax_fast.model.load import load_model, shape_of
@@ -20,39 +17,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    """Runs a benchmark as a user would; what it wrote, each run once."""
-    done: dict[str, dict] = {}
-
-    def run(name: str) -> dict:
-        if name not in done:
-            output = tmp_path_factory.mktemp("bench") / f"{name}.json"
-            command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--quick", "--output", str(output)]
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            printed = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-            assert printed.returncode == 0, printed.stderr
-            done[name] = json.loads(output.read_text())
-            assert json.loads(printed.stdout.splitlines()[-1]) == done[name]
-        return done[name]
-
-    return run
+def found(tmp_path_factory):
+    """What a quick run of all rows wrote."""
+    return quick_run("train", tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture()
-def benchmarks(monkeypatch):
-    """The benchmarks as a package, without their folder's parent on the path, where kernels/ would shadow another."""
-    package = types.ModuleType("benchmarks")
-    package.__path__ = [str(ROOT / "benchmarks")]
-    monkeypatch.setitem(sys.modules, "benchmarks", package)
-    from benchmarks import bench_train, bench_train_kernels, kernel_cases, train_parts
+def benchmarks():
+    from benchmarks import bench_train
+    from benchmarks.stages import train_parts
 
-    yield bench_train, train_parts, bench_train_kernels, kernel_cases
-    for name in [name for name in sys.modules if name.startswith("benchmarks.")]:
-        del sys.modules[name]
+    return bench_train, train_parts
 
 
-def test_waterfall_has_every_technique_and_both_sides_of_each_ratio(result):
-    found = result("train")
+def test_waterfall_has_every_technique_and_both_sides_of_each_ratio(found):
     rows = {row["row"]: row for row in found["rows"]}
     first = found["rows"][0]
     assert list(rows) == [
@@ -83,58 +61,139 @@ def test_waterfall_has_every_technique_and_both_sides_of_each_ratio(result):
     assert rows["padded batch of 8"]["fill"] < 1 == rows["packed"]["fill"]
 
 
-def test_kernel_rows_have_both_sides_of_each_ratio(result):
-    found = result("train_kernels")
-    plain = {row["case"]: row for row in found["rows"] if row["form"] == "plain"}
-    selected = {row["case"]: row for row in found["rows"] if row["form"] == "plain, supervised ids"}
-    assert {row["op"] for row in plain.values()} == {"norm_rope", "rms_norm", "swiglu", "linear cross-entropy"}
-    assert [row["case"] for row in found["rows"] if row["form"] == "ours"] == list(plain)
-    for row in found["rows"]:
-        beside = plain[row["case"]]
-        assert row.keys() == beside.keys()
-        for part in ("forward", "total"):
-            assert 0 < row[f"{part}_p20_s"] <= row[f"{part}_p50_s"] <= row[f"{part}_p80_s"]
-            assert row[f"plain_{part}_p50_s"] == beside[f"{part}_p50_s"]
-            assert row[f"{part}_times_plain"] == pytest.approx(beside[f"{part}_p50_s"] / row[f"{part}_p50_s"])
-            rate = found["copy_gb_per_s"] if row["unit"] == "GB/s" else found["product_tflop_per_s"]
-            assert row[f"{part}_share"] == pytest.approx(row[f"{part}_rate"] / rate)
-        for kind in ("output_error", "gradient_error"):
-            assert 0 < row[kind] < 1e-5
-            if row["form"] == "ours":
-                assert row[f"plain_{kind}"] == max(beside[kind], selected.get(row["case"], beside)[kind])
+def test_rows_of_the_common_table(found, benchmarks):
+    bench, _ = benchmarks
+    rows = {row["row"]: row for row in found["rows"]}
+    assert not found["failed"] and found["deepspeed"]
+    packs = ", packs of 256"
+    assert [row["form"] for row in found["evidence"]] == [
+        "published: padded, one row at a time",
+        f"packed{packs}",
+        f"packed, fused{packs}",
+        f"packed, fused, DeepSpeed ZeRO-2{packs}",
+        f"packed, fused, selective recomputation, DeepSpeed ZeRO-2{packs}",
+    ]
+    # Of two layers of width 128 for all ids, and of the head for the supervised ones.
+    blocks = 2 * (4 * 128**2 + 3 * 128 * 352)
+    head = found["flop_per_token"] / 4 - blocks
+    for name, row in zip(bench.STAGE_ROWS, found["evidence"], strict=True):
+        line = rows[name]
+        assert row["stage"] == "train" and row["shape"] == f"6 rows, {found['tokens']:,} ids"
+        assert row["p50_s"] == line["p50_s"] and row["share"] == pytest.approx(line["floor_share"])
+        assert row["flop"] == pytest.approx(4 * (blocks * found["tokens"] + head * found["targets"]))
+        assert row["floor_s"] == pytest.approx(found["floor_s"])
+        assert row["items_per_s"] == pytest.approx(line["tokens_per_s"]) and row["unit"] == "ids"
+        assert row["beside"] == "published: padded, one row at a time"
+        assert row["times"] == pytest.approx(line["times_first"])
+        assert row["quality"] == {key: line[key] for key in ("loss_difference", "gradient_difference")}
+        assert (row["mfu"], row["memory_gib"]) == (line["mfu"], line["memory_gib"])
 
 
-def test_counted_work(benchmarks):
-    """Bytes of an fp32 SwiGLU (3 tensors forward, 5 backward); FLOP of a loss on 10 % of 256 ids."""
-    *_, kernel_cases = benchmarks
-    cases = {(case.op, case.detail): case for case in kernel_cases.cases("quick", "cpu", torch.float32)}
-    assert cases["swiglu", "256x352"].work == (3 * 4 * 256 * 352, 8 * 4 * 256 * 352)
-    for state, products in (("frozen", 2), ("trained", 3)):
-        case = cases["linear cross-entropy", f"256x128x1024, 10 % supervised, head {state}"]
-        assert case.unit == "TFLOP/s" and case.work == (2 * 25 * 128 * 1024, products * 2 * 25 * 128 * 1024)
+def run(bench, monkeypatch, capsys, tmp_path, *arguments: str) -> tuple[dict, int]:
+    """(what a quick run in this process and without DeepSpeed wrote, exit status)."""
+    output = tmp_path / "train.json"
+    monkeypatch.setattr(sys, "argv", ["bench_train", "--quick", "--output", str(output), *arguments])
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else there(name, *a))
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    result = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    return result, left.value.code
 
 
-@pytest.mark.parametrize("form, fails", [(lambda g, u: swiglu_ref(g, u) * (1 + 2e-7), True), (swiglu_ref, False)])
-def test_an_inexact_kernel_is_not_timed(benchmarks, form, fails):
-    *_, bench, kernel_cases = benchmarks
-    size = kernel_cases.SIZES["quick"]
-    case = kernel_cases.swiglu_case(size, lambda *shape: torch.randn(shape))
-    case = replace(case, forms=case.forms | {"ours": lambda gate, up, _: lambda: form(gate, up)})
-    arguments = case, "cpu", False, 1, {"GB/s": 1e9}
-    if fails:
-        with pytest.raises(AssertionError):
-            bench.measure(*arguments)
-    else:
-        assert [row["form"] for row in bench.measure(*arguments)] == ["plain", "ours"]
+def test_without_deepspeed(benchmarks, monkeypatch, capsys, tmp_path):
+    """The rows of `train` in plain torch, recomputation too."""
+    bench, _ = benchmarks
+    result, status = run(bench, monkeypatch, capsys, tmp_path, "--only", "train")
+    names = ["published: padded batch of 1", "packed", "fused qk-norm and RoPE", "recompute selective"]
+    assert status == 0 and [row["row"] for row in result["rows"]] == names and not result["deepspeed"]
+    assert len(result["evidence"]) == 4 and result["rows"][-1]["on"] == names[2]
+    assert result["rows"][-1]["times_on"] and not result["rows"][1]["times_on"]
+
+
+def test_recomputation_recomputes(benchmarks):
+    """Fewer tensors are kept for the backward pass, and the setting ends with the context."""
+    bench, parts = benchmarks
+    model = parts.Model("tiny", torch.device("cpu"), torch.float32)
+    ids, offsets = parts.make_rows(4, model.layout, 16)
+    (batch,) = parts.make_batches(ids, offsets, model.layout, {"packed": 4096}, "cpu")["packed"]
+    row = parts.Row("fused", batches="packed", norm="ours", mlp="ours", attention="ours")
+    model.dress(row)
+
+    def kept(kind: str) -> int:
+        saved = {}
+
+        def keep(tensor):
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with parts.recomputing(model, kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.loss(row, batch)
+        return sum(saved.values())
+
+    assert kept("layers") < kept("none") and kept("none") == kept("none")
+
+
+def test_a_failed_row_leaves_the_others(benchmarks, monkeypatch, capsys, tmp_path):
+    bench, parts = benchmarks
+    right = parts.Model.loss
+
+    def loss(model, row, batch):
+        if row.name == "packed":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(model, row, batch) * (2 if row.attention == "ours" and row.recompute == "none" else 1)
+
+    monkeypatch.setattr(parts.Model, "loss", loss)
+    result, status = run(bench, monkeypatch, capsys, tmp_path, "--only", "train")
+    first, packed, fused, last = result["rows"]
+    assert status == 1 and list(result["failed"]) == ["train"]
+    assert result["failed"]["train"].startswith("fused qk-norm and RoPE failed: AssertionError")
+    # Too large for the GPU is no failure.
+    assert packed["note"] == "out of memory" and packed["p50_s"] is None
+    assert fused["note"].startswith("failed") and fused["p50_s"] is None and fused["loss"] is None
+    assert (
+        first["p50_s"]
+        and last["p50_s"]
+        and [row["form"] for row in result["evidence"]]
+        == [
+            "published: padded, one row at a time",
+            "packed, fused, selective recomputation, packs of 256",
+        ]
+    )
+
+
+def test_without_a_first_row_nothing_is_timed(benchmarks, monkeypatch, capsys, tmp_path):
+    bench, parts = benchmarks
+
+    def loss(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parts.Model, "loss", loss)
+    result, status = run(bench, monkeypatch, capsys, tmp_path)
+    assert status == 1 and len(result["rows"]) == 1 and not result["evidence"]
+    assert "out of memory" in result["failed"]["train"]
+
+
+def test_floor(benchmarks):
+    """4 N FLOP for every id, of the head for the supervised ones alone."""
+    bench, parts = benchmarks
+    (floor,) = bench.floors()
+    layout = bench.IdLayout.from_vocab(bench.make_tokenizer(65536)["model"]["vocab"])
+    ids, offsets = parts.make_rows(20, layout, 1)
+    batches = parts.make_batches(ids, offsets, layout, {}, "cpu")["padded 1"]
+    targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert floor["shape"] == f"20 rows, {len(ids):,} ids" and floor["stage"] == "train"
+    assert floor["flop"] == pytest.approx(4 * (6_476_005_376 * len(ids) + 268_435_456 * targets))
 
 
 def test_a_row_with_another_loss_or_gradient_is_not_timed(benchmarks, monkeypatch):
-    bench, parts, *_ = benchmarks
+    bench, parts = benchmarks
     model = parts.Model("tiny", torch.device("cpu"), torch.float32)
     ids, offsets = parts.make_rows(4, model.layout, 16)
     batches = parts.make_batches(ids, offsets, model.layout, {"packed": 128}, "cpu")
     targets = sum(batch["target_tokens"] for batch in batches["packed"])
-    first, row = {}, bench.waterfall(False, False, False)[0]
+    first, row = {}, bench.waterfall(False, False, False, False)[0]
     packed = row.then("packed", batches="packed", all_logits=False)
     bench.measure(model, row, batches["padded 1"], targets, first, 1)
     assert bench.measure(model, packed, batches["packed"], targets, first, 1)["loss_difference"] < 1e-5
@@ -153,7 +212,7 @@ def test_a_row_with_another_loss_or_gradient_is_not_timed(benchmarks, monkeypatc
 
 def test_rows_of_data(benchmarks):
     """Every row in every kind of batch, with the same ids and as many targets; images on both sides of the eot."""
-    _, parts, *_ = benchmarks
+    _, parts = benchmarks
     layout = random_model("tiny")[1]
     ids, offsets = parts.make_rows(40, layout, 1)
     rows = [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]

@@ -207,13 +207,16 @@ def test_buffers_are_reused_in_place():
         collate(store.ids, store.offsets, [1], EOT, buffers=buffers, shape=PackShape(sequences=3))
 
 
+def test_pinned_buffers_need_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="pinned buffers need a CUDA device"):
+        PackBuffers.allocate(4, 1, pinned=True)
+
+
+@pytest.mark.gpu
 def test_pinned_buffers():
     import torch
 
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="pinned buffers need a CUDA device"):
-            PackBuffers.allocate(4, 1, pinned=True)
-        return
     store = buffer([[0, EOT, 5, 6]])
     batch = collate(store.ids, store.offsets, [0], EOT, buffers=PackBuffers.allocate(4, 1, pinned=True))
     assert torch.from_numpy(batch.labels).is_pinned()

@@ -1,14 +1,18 @@
 """Cross-entropy in place: both paths against float64, at most twice the error of torch's own at the same precision."""
 
+import random
+
 import pytest
 import torch
+from accuracy import EPS32, assert_same
 from torch.nn import functional as F
 
 from medmax_fast.kernels import cross_entropy
+from medmax_fast.kernels.blocks import override
 from medmax_fast.kernels.cross_entropy import cross_entropy_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("bf16_to_nearest")
+pytestmark = [pytest.mark.gpu(required=False), pytest.mark.usefixtures("bf16_to_nearest", "poisoned")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMPLS = ["torch", "triton"]
 # Rows and vocabulary: one id, less than a block, a block, one more, odd and several blocks, the real one.
@@ -52,17 +56,11 @@ def assert_as_good_as_torch(losses, lse, gradient, logits, targets, weights, z_l
         error, limit = (found.double() - want).abs(), 2 * (theirs.double() - want).abs()
         # The worst value, and of a few dozen the mean, is luck: two units in the last place are always allowed. So is
         # what fp32 makes of a row's sum, which all values of the row share.
-        slack = 2 * torch.finfo(found.dtype).eps * want.abs().max()
-        shared = slack if want.numel() < 500 else 2.0**-23 * want.abs().mean()
+        # A GPU's logarithm of a number near 1, the loss of a likely target, is off by two of its 24 bits.
+        slack = 2 * torch.finfo(found.dtype).eps * want.abs().max() + (2 * EPS32 if found.ndim == 1 else 0)
+        shared = slack if want.numel() < 500 else EPS32 * want.abs().mean()
         assert error.max() <= max(limit.max(), slack), (error.max(), limit.max(), slack)
         assert error.mean() <= limit.mean() + shared, (error.mean(), limit.mean(), shared)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Everything that is allocated in the test without being filled holds NaN."""
-    allocate = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocate(*a, **k).fill_(float("nan")))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -77,13 +75,23 @@ def test_matches_float64(shape, dtype, z_loss, impl):
     assert (gradient[::3] == 0).all() and (shape[1] == 1 or len(logits) == 1 or gradient[1].abs().max() > 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_values(dtype, fresh_seed):
+    """Another shape and other values on every run."""
+    draw = random.Random(fresh_seed)
+    logits, targets, weights = make(draw.randint(10, 40), draw.randint(1000, 20000), dtype, seed=fresh_seed)
+    z_loss, gradient = draw.choice([0.0, 1e-4]), logits.clone()
+    losses, lse = cross_entropy_(gradient, targets, weights, z_loss, gradient=True, impl="triton")
+    assert_as_good_as_torch(losses, lse, gradient, logits, targets, weights, z_loss)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_block_of_rows_or_of_the_vocabulary_changes_only_rounding(impl, monkeypatch):
     logits, targets, weights = make(7, 333)
     monkeypatch.setattr(cross_entropy, "REF_ELEMENTS", 700)
-    monkeypatch.setattr(cross_entropy, "BLOCK", 32)
     gradient = logits.clone()
-    losses, lse = cross_entropy_(gradient, targets, weights, 1e-3, gradient=True, impl=impl)
+    with override("cross_entropy", BLOCK=32):
+        losses, lse = cross_entropy_(gradient, targets, weights, 1e-3, gradient=True, impl=impl)
     assert_as_good_as_torch(losses, lse, gradient, logits, targets, weights, 1e-3)
 
 
@@ -95,8 +103,8 @@ def test_without_gradient_the_logits_stay_and_without_weights_they_are_one(dtype
     losses, lse = cross_entropy_(kept, targets, weights, 1e-3, impl=impl)
     assert torch.equal(kept, logits) and losses.isfinite().all()
     gradient, weighted = logits.clone(), logits.clone()
-    assert torch.equal(cross_entropy_(gradient, targets, None, 1e-3, gradient=True, impl=impl)[0], losses)
-    assert torch.equal(cross_entropy_(weighted, targets, weights, 1e-3, gradient=True, impl=impl)[0], losses)
+    assert_same(cross_entropy_(gradient, targets, None, 1e-3, gradient=True, impl=impl)[0], losses)
+    assert_same(cross_entropy_(weighted, targets, weights, 1e-3, gradient=True, impl=impl)[0], losses)
     assert_as_good_as_torch(losses, lse, gradient, logits, targets, torch.ones_like(weights), 1e-3)
     assert not torch.equal(gradient, weighted)
 
@@ -154,8 +162,8 @@ def test_strided_rows_and_nothing_beside_them(dtype, impl):
     wide = torch.full((10, 1001), 7.0, dtype=dtype, device=DEVICE)
     part = wide[1:9:2, 100:877]
     part.copy_(logits)
-    assert torch.equal(cross_entropy_(part, targets, weights, 1e-3, gradient=True, impl=impl)[0], losses)
-    assert torch.equal(part, expected)
+    assert_same(cross_entropy_(part, targets, weights, 1e-3, gradient=True, impl=impl)[0], losses)
+    assert_same(part, expected)
     part.fill_(7.0)
     assert (wide == 7.0).all()
 

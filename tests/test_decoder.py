@@ -23,6 +23,9 @@ SHAPES = {
 }
 
 
+ON_BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
 class Drawn(RandomCheckpoint):
     """Every value random, norms and their biases too, the same whenever it is asked for."""
 
@@ -40,28 +43,30 @@ def checkpoint(request, tmp_path):
 
 def through_pages(decoder, rows, prefix):
     """Logits after the last id of each row, of which the first `prefix` are prefilled and the rest fed one by one."""
+    device = decoder.device
     cache = KVCache(decoder, 40 * PAGE)
     cache.kv[:, :, 1:] = float("nan")
     leases = [cache.pool.open(row, len(row)) for row in rows]
     heads = [row[:prefix] for row in rows]
     plan = cache.prefill(leases, [prefix] * len(rows))
     with torch.inference_mode():
-        states = cache.run_prefill(torch.tensor([i for row in heads for i in row]), plan)
-        table = torch.zeros(len(rows), 4, dtype=torch.int32)
+        states = cache.run_prefill(torch.tensor([i for row in heads for i in row], device=device), plan)
+        table = torch.zeros(len(rows), 4, dtype=torch.int32, device=device)
         for b, lease in enumerate(leases):
             table[b, : len(lease.pages)] = torch.tensor(lease.pages)
         for position in range(prefix, len(rows[0])):
-            ids = torch.tensor([row[position] for row in rows])
-            states = cache.run_decode(ids, torch.full((len(rows),), position), table)
-    return states @ decoder.head.T
+            ids = torch.tensor([row[position] for row in rows], device=device)
+            states = cache.run_decode(ids, torch.full((len(rows),), position, device=device), table)
+    return (states @ decoder.head.T).cpu()
 
 
+@ON_BOTH
 @pytest.mark.parametrize("prefix", [1, 63, 64, 70])
-def test_equals_transformers(checkpoint, prefix):
+def test_equals_transformers(checkpoint, prefix, device):
     model = load_model(checkpoint)
     generator = torch.Generator().manual_seed(prefix)
     rows = torch.randint(4, checkpoint.shape.vocab_size, (3, 70), generator=generator).tolist()
-    decoder = Decoder.load(checkpoint, "cpu", torch.float32)
+    decoder = Decoder.load(checkpoint, device, torch.float32)
     with torch.inference_mode():
         states = model.model(input_ids=torch.tensor(rows), use_cache=False).last_hidden_state[:, -1]
         expected = model.lm_head(states)
@@ -70,9 +75,10 @@ def test_equals_transformers(checkpoint, prefix):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
-def test_a_shared_beginning_gives_the_same_states(checkpoint):
+@ON_BOTH
+def test_a_shared_beginning_gives_the_same_states(checkpoint, device):
     """Positions from the cache, whole pages and a copied one, against a pass of their own."""
-    decoder = Decoder.load(checkpoint, "cpu", torch.float32)
+    decoder = Decoder.load(checkpoint, device, torch.float32)
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(4, 9000, (2 * PAGE + 20,), generator=generator).tolist()
     second = [*first[: PAGE + 30], *torch.randint(4, 9000, (40,), generator=generator).tolist()]
@@ -81,7 +87,8 @@ def test_a_shared_beginning_gives_the_same_states(checkpoint):
         lease = cache.pool.open(ids, len(ids))
         cache.copy_page(lease)
         with torch.inference_mode():
-            state = cache.run_prefill(torch.tensor(ids[lease.cached :]), cache.prefill([lease], [len(ids)]))
+            new = torch.tensor(ids[lease.cached :], device=device)
+            state = cache.run_prefill(new, cache.prefill([lease], [len(ids)]))
         cache.pool.settle()
         return state, lease.cached
 

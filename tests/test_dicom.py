@@ -7,19 +7,20 @@ import sys
 from fractions import Fraction
 
 import numpy as np
-import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from pydicom.data import get_testdata_file
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
-from pydicom.uid import MPEG2MPML, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLosslessSV1
 
 from medmax_fast.data import dicom as dicom_module
 from medmax_fast.data.dicom import decode_dicom, is_dicom, window
+
+pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'medmax_fast[dicom]'")
+from pydicom.data import get_testdata_file  # noqa: E402
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import encapsulate  # noqa: E402
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing  # noqa: E402
+from pydicom.uid import MPEG2MPML, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLosslessSV1  # noqa: E402
 
 # The module's own filter, which pytest takes away.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")

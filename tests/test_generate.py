@@ -20,6 +20,7 @@ from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.decoder import Decoder
 from medmax_fast.runtime import InputError
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -308,15 +309,16 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.gpu(required=False)
 def test_a_step_runs_on_its_kernels_and_waits_for_nothing(golden, cases, monkeypatch):
-    """The engine on Triton kernels (interpreted here) gives the reference's ids, and no step reads a value."""
-    engine = fresh_engine(golden, lag=1)
+    """The engine on Triton kernels, interpreted on a CPU, gives the reference's ids, and no step reads a value."""
+    engine = fresh_engine(golden, lag=1, device=DEVICE)
     # The picture is left after a few codes.
     monkeypatch.setattr(samples, "PREVIEW", 3)
     for module in (norm_rope_store, paged_attention, rms_norm, sampling, swiglu):
         monkeypatch.setattr(module, "use_triton", lambda *_: True)
     # Programs are interpreted one after the other; a GPU would have hundreds.
-    monkeypatch.setattr(paged_attention, "_splits", lambda *_: 2)
+    monkeypatch.setattr(paged_attention, "_splits", lambda *_, **__: 2)
     counted = CountReads()
 
     def watched(work):

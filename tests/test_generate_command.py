@@ -98,11 +98,12 @@ CASES = (
 )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CASES)
-def test_golden_generation_through_the_command(golden, cases, tmp_path, capsys, name):
+def test_golden_generation_through_the_command(golden, cases, tmp_path, capsys, name, device):
     chosen = [(r, ids) for r, ids in cases if r.id.rpartition("-")[0] == name]
     write_prompts(tmp_path / "prompts.jsonl", [{"id": r.id, "token_ids": r.token_ids} for r, _ in chosen])
-    words = command(golden, tmp_path, "out", "--greedy")
+    words = command(golden, tmp_path, "out", "--greedy", "--device", device, "--precision", "fp32", "--cache-gb", "0.2")
     for option in ("mode", "max_new_tokens", "max_length", "guidance_text", "guidance_image"):
         words += ["--" + option.replace("_", "-"), str(getattr(chosen[0][0], option))]
     assert main(words) == 0

@@ -1,15 +1,20 @@
 """GroupNorm + SiLU: both paths against float64, at most twice the error of torch's own two at the same precision."""
 
+import random
+
 import pytest
 import torch
+from accuracy import assert_as_good, assert_same
 from torch.nn import functional as F
 
 from medmax_fast.kernels import group_norm
+from medmax_fast.kernels.blocks import blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 # SiLU far below zero is y / (1 + inf) = -0, of which NumPy, the interpreter's arithmetic, tells.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+overflow = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [pytest.mark.gpu(required=False), pytest.mark.usefixtures("bf16_to_nearest"), overflow]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Batch, channels, groups, height, width: the encoder's widths with one to sixteen channels a group on odd sides (one
 # chunk of rows, several, a last one of a single row), groups that are no power of two or not 32, one pixel.
@@ -53,12 +58,6 @@ def exact(x, weight, bias, groups, silu=True):
     return y / (1 + (-y).exp()) if silu else y
 
 
-def errors(y, x, weight, bias, groups, silu=True):
-    assert y.shape == x.shape and y.dtype == x.dtype
-    away = (y.double() - exact(x, weight, bias, groups, silu)).abs()
-    return away.mean().item(), away.max().item()
-
-
 def torch_own(x, weight, bias, groups, silu=True):
     """What the model would run without the kernel, in the layout that torch computes best."""
     y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), EPS)
@@ -66,20 +65,8 @@ def torch_own(x, weight, bias, groups, silu=True):
 
 
 def assert_as_good_as_torch(y, x, weight, bias, groups, silu=True):
-    mean, worst = errors(y, x, weight, bias, groups, silu)
-    own_mean, own_worst = errors(torch_own(x, weight, bias, groups, silu), x, weight, bias, groups, silu)
-    # The worst of a few dozen values is luck: two units in the last place of the largest are always allowed.
-    last_places = 2 * torch.finfo(x.dtype).eps * y.abs().max().item()
-    assert mean <= 2 * own_mean and worst <= max(2 * own_worst, last_places), (mean, own_mean, worst, own_worst)
-
-
-@pytest.fixture()
-def poisoned(monkeypatch):
-    """Everything that is allocated in the test without being filled holds NaN."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-        fill = lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(float("nan"))  # noqa: E731
-        monkeypatch.setattr(torch, name, fill)
+    arguments = x, weight, bias, groups, silu
+    assert_as_good(y, torch_own(*arguments), exact(*arguments), rows=len(x) * groups)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -89,12 +76,25 @@ def test_matches_float64(shape, dtype, impl, poisoned):
     B, C, groups, H, W = shape
     x, (weight, bias) = picture(B, C, H, W, dtype), affine(C)
     y = group_norm.group_norm_silu(x, weight, bias, groups, EPS, impl=impl)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    # On a GPU torch's own returns planes, whatever it was given.
+    assert y.is_contiguous(memory_format=torch.channels_last) or (impl == "torch" and DEVICE == "cuda")
     if impl == "torch" and dtype == torch.float32 and DEVICE == "cpu":
         # The CPU path of the model: golden codes depend on every bit of it.
         assert torch.equal(y, F.silu(F.group_norm(x, groups, weight, bias, EPS)))
     else:
         assert_as_good_as_torch(y, x, weight, bias, groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_values(dtype, fresh_seed, poisoned):
+    """Another shape and other pictures on every run."""
+    draw = random.Random(fresh_seed)
+    groups = draw.choice([8, 20, 32])
+    C = groups * draw.randint(1, 9)
+    x = picture(draw.randint(1, 3), C, draw.randint(9, 25), draw.randint(9, 25), dtype, draw.uniform(-1, 1), fresh_seed)
+    weight, bias = affine(C, seed=fresh_seed)
+    y = group_norm.group_norm_silu(x, weight, bias, groups, EPS, impl="triton")
+    assert_as_good_as_torch(y, x, weight, bias, groups)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -112,10 +112,10 @@ def test_large_mean_and_small_variance(dtype, mean):
     y = group_norm.group_norm_silu(x, weight, bias, 32, EPS, impl="triton")
     assert_as_good_as_torch(y, x, weight, bias, 32)
     # The guard: the difference of mean squares would be far off on these values.
-    grouped = x.float().reshape(1, 32, -1)
+    grouped = x.cpu().float().reshape(1, 32, -1)
     variance = (grouped.pow(2).mean(-1) - grouped.mean(-1).pow(2)).double()
     right = grouped.double().var(-1, correction=0)
-    assert ((variance - right).abs() / right).max() > 0.01
+    assert ((variance - right).abs() / right).max() > 1e-3
 
 
 def test_two_levels_of_brightness():
@@ -138,17 +138,18 @@ def test_a_flat_picture_gives_the_bias(value):
 def test_chunks_change_only_rounding(chunk, most, monkeypatch):
     x, (weight, bias) = picture(1, 96, 23, 29), affine(96)
     expected = group_norm.group_norm_silu(x, weight, bias, 32, EPS, impl="triton")
-    plan = group_norm._plan(96, 32, 23 * 29)[1:]
+    numbers = blocks("group_norm", x.device)
+    plan = group_norm._plan(96, 32, 23 * 29, **numbers)[1:]
     monkeypatch.setattr(group_norm, "MIN_CHUNK", chunk)
     monkeypatch.setattr(group_norm, "MAX_CHUNKS", most)
-    assert group_norm._plan(96, 32, 23 * 29)[1:] != plan
+    assert group_norm._plan(96, 32, 23 * 29, **numbers)[1:] != plan
     y = group_norm.group_norm_silu(x, weight, bias, 32, EPS, impl="triton")
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("C", "pixels"), [(128, 512**2), (128, 256**2), (256, 128**2), (512, 32**2), (32, 512**2)])
 def test_a_large_group_is_spread_over_programs(C, pixels):
-    constants, chunk_rows, chunks = group_norm._plan(C, 32, pixels)
+    constants, chunk_rows, chunks = group_norm._plan(C, 32, pixels, **blocks("group_norm", torch.device(DEVICE, 0)))
     assert (chunks - 1) * chunk_rows < pixels <= chunks * chunk_rows and chunks <= group_norm.MAX_CHUNKS
     assert chunks >= (100 if pixels > 256**2 else 4) and chunk_rows % (2 * constants["BLOCK_R"]) == 0
 
@@ -170,7 +171,8 @@ def test_strides():
     wide = torch.full((4, 96, 19, 17), float("nan"), device=DEVICE).to(memory_format=torch.channels_last)
     wide[::2, 16:80] = x
     y = group_norm.group_norm_silu(wide[::2, 16:80], weight, bias, 32, EPS, impl="triton")
-    assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
+    assert_same(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
     # Some columns of a row of pixels are evenly spaced, some columns of several rows are not.
     row = picture(1, 64, 1, 40)
     y = group_norm.group_norm_silu(row[..., ::3], weight, bias, 32, EPS, impl="triton")

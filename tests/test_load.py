@@ -281,7 +281,6 @@ def test_inspect_refuses_what_is_no_checkpoint(tmp_path, folders, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_to_a_gpu_it_is_what_it_is_on_a_cpu(folders, dtype):
     expected = load_model(folders["chameleon"], "cpu", dtype).state_dict()

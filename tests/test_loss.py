@@ -1,10 +1,10 @@
 """The loss head: cross-entropy over the supervised ids only, image ids included, packed as unpacked."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_same
+from attentions import DTYPES_16, ON_A_GPU, need
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,16 +16,11 @@ from medmax_fast.model.loss import IGNORE, linear_cross_entropy, packed_loss, ta
 
 EOT = 8710
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu(required=False)
 # Attention, device, dtype, and what packing may change per supervised id.
 IMPLEMENTATIONS = [("sdpa", "cpu", torch.float32, 1e-5), ("sdpa", "cpu", torch.bfloat16, 1e-2)]
-if torch.cuda.is_available():
-    fused = {
-        "flash_attn_3": "flash_attn_interface",
-        "flash_attn": "flash_attn",
-        "torch_varlen": "torch.nn.attention.varlen",
-    }
-    IMPLEMENTATIONS += [("sdpa", "cuda", torch.float32, 1e-5), ("sdpa", "cuda", torch.bfloat16, 1e-2)]
-    IMPLEMENTATIONS += [(n, "cuda", torch.bfloat16, 1e-2) for n, module in fused.items() if find_spec(module)]
+IMPLEMENTATIONS += [pytest.param("sdpa", "cuda", torch.float32, 1e-5, marks=pytest.mark.gpu)]
+IMPLEMENTATIONS += [pytest.param(name, "cuda", d, 1e-2, marks=pytest.mark.gpu) for name in ON_A_GPU for d in DTYPES_16]
 
 
 class Recorder(TorchDispatchMode):
@@ -93,7 +88,7 @@ def test_equals_the_textbook_loss_with_gradients(monkeypatch, supervised):
         assert want.abs().max() > 1e-2
         torch.testing.assert_close(grad, want, rtol=0, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(target_losses(hidden, labels, [weight])[1], losses)
+        assert_same(target_losses(hidden, labels, [weight])[1], losses)
     for count in (supervised, None):
         again = target_losses(hidden, labels, [weight], count=count)
         assert all(map(torch.equal, again, (total, losses, targets, positions)))
@@ -134,7 +129,9 @@ def test_gradients_are_as_good_as_plain_torch_s(monkeypatch, dtype, blocks, rows
     total.backward()
     eps = torch.finfo(torch.float32).eps
     assert (losses - losses_64).abs().max() <= 2 * (losses_own - losses_64).abs().max() + 2 * eps * losses_64.max()
-    assert (total - total_64).abs() <= 2 * (total_own - total_64).abs() + 2 * eps * total_64
+    # As the errors of the losses add up at random.
+    chance = 2 * 0.3334 * (losses_own - losses_64).norm() + 2 * eps * total_64
+    assert (total - total_64).abs() <= 2 * (total_own - total_64).abs() + chance
     for leaf, own, want in zip([hidden, *parts], grads_own, grads_64, strict=True):
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.requires_grad:
@@ -165,7 +162,7 @@ def test_weights_of_labels_and_zero_among_them():
     chosen = label_weights[positions + 1]
     torch.testing.assert_close(total, (dense_losses(hidden, labels, weight) * chosen).sum())
     assert (hidden.grad[positions[::2]] == 0).all() and hidden.grad[positions[1::2]].abs().amax(1).min() > 0
-    assert torch.equal(losses, target_losses(hidden, labels, [weight])[1])
+    assert_same(losses, target_losses(hidden, labels, [weight])[1])
 
 
 @pytest.mark.parametrize("count", [0, None])
@@ -256,6 +253,7 @@ def compare_with_unpacked(model, buffer):
 
 @pytest.mark.parametrize(("name", "device", "dtype", "limit"), IMPLEMENTATIONS, ids=str)
 def test_packed_equals_unpacked_in_loss_and_every_gradient(golden, monkeypatch, name, device, dtype, limit):
+    need(name)
     used = []
     real = attention.varlen_attention
 
@@ -278,8 +276,8 @@ def test_the_comparison_would_see_a_leak_in_every_gradient(model, monkeypatch):
 
     monkeypatch.setattr(attention, "varlen_attention", one_row)
     loss, gradients = compare_with_unpacked(model, make_rows())
-    limit = max(limit for *_, limit in IMPLEMENTATIONS)
-    assert loss > limit and min(gradients.values()) > limit, (loss, gradients)
+    # That of 16 bits.
+    assert loss > 1e-2 and min(gradients.values()) > 1e-2, (loss, gradients)
 
 
 def test_image_ids_are_neither_masked_nor_left_out(model):

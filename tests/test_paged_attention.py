@@ -1,16 +1,19 @@
 """Paged attention: both paths against float64, at most twice the error of torch's attention over the same positions."""
 
 import math
+import random
 
 import pytest
 import torch
+from accuracy import assert_as_good
 from torch.nn.functional import scaled_dot_product_attention
 
 from medmax_fast.kernels import paged_attention as kernel
+from medmax_fast.kernels.blocks import override
 from medmax_fast.kernels.paged_attention import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("bf16_to_nearest")
+pytestmark = [pytest.mark.gpu(required=False), pytest.mark.usefixtures("bf16_to_nearest")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
 # Query heads, key/value heads, D, PAGE, lengths: one stream and several, every border of a page, groups of query heads
@@ -28,30 +31,35 @@ CASES = {
 }
 
 
-def data(H, G, D, PAGE, lengths, dtype=torch.float32, spare=3, seed=0):
-    """q, pages, table and lengths; NaN in every place that no stream holds, no page number where none is meant."""
-    generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+def data(H, G, D, PAGE, lengths, dtype=torch.float32, spare=3, seed=0, device="cpu"):
+    """q, pages, table and lengths; NaN in every place that no stream holds, no page number where none is meant.
+
+    device: where the numbers are drawn; large pools on a GPU.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    randn = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
     S, counts = len(lengths), [-(-length // PAGE) for length in lengths]
     P, N = max(counts, default=0) + spare, sum(counts) + 2
-    k, v = torch.full((2, N, G, PAGE, D), NAN)
-    table = torch.randint(-(2**31), 2**31 - 1, (S, P), generator=generator).int()
-    numbers = iter(torch.randperm(N, generator=generator).tolist())
-    for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        for page in range(count):
-            number = table[s, page] = next(numbers)
-            here = min(PAGE, length - page * PAGE)
-            # Streams and heads differ in magnitude: scores from flat to peaked.
-            k[number, :, :here] = randn(G, here, D) * (0.3 + 2 * torch.rand(G, 1, 1, generator=generator))
-            v[number, :, :here] = randn(G, here, D) + randn(G, 1, 1)
-    tensors = randn(S, H, D).to(dtype), k.to(dtype), v.to(dtype), table, torch.tensor(lengths, dtype=torch.int32)
+    k, v = torch.full((2, N, G, PAGE, D), NAN, dtype=dtype, device=device)
+    table = torch.randint(-(2**31), 2**31 - 1, (S, P), generator=generator, device=device).int()
+    numbers = torch.randperm(N, generator=generator, device=device)[: N - 2].split(counts)
+    for s, (length, count, mine) in enumerate(zip(lengths, counts, numbers, strict=True)):
+        table[s, :count] = mine
+        # A stream's positions, and what fills its last page up.
+        rest = torch.full((G, count * PAGE - length, D), NAN, device=device)
+        # Streams and heads differ in magnitude: scores from flat to peaked.
+        keys = randn(G, length, D) * (0.3 + 2 * torch.rand(G, 1, 1, generator=generator, device=device))
+        values = randn(G, length, D) + randn(G, 1, 1)
+        for pages, x in ((k, keys), (v, values)):
+            pages[mine] = torch.cat([x, rest], 1).view(G, count, PAGE, D).transpose(0, 1).to(dtype)
+    tensors = randn(S, H, D).to(dtype), k, v, table, torch.tensor(lengths, dtype=torch.int32)
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
 def rows_of(pages, table, length):
     """[G, length, D]: the positions of one stream."""
-    PAGE = pages.shape[2]
-    return torch.cat([pages[table[i // PAGE], :, i % PAGE, None] for i in range(length)], dim=1)
+    count = -(-length // pages.shape[2])
+    return pages[table[:count].long()].transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def by_stream(attention, q, k_pages, v_pages, table, lengths, scale=None):
@@ -79,28 +87,14 @@ def stock(q, k, v, scale):
 def assert_as_good_as_torch(found, q, k, v, table, lengths, scale=None):
     wide = (tensor.double() for tensor in (q, k, v))
     right = by_stream(definition, *wide, table, lengths, scale)
-    own = by_stream(stock, q, k, v, table, lengths, scale)
-    assert found.shape == q.shape and found.dtype == q.dtype and found.is_contiguous()
-    assert right.isfinite().all()
-    away, own_away = ((y.double() - right).abs() for y in (found, own))
-    # The worst of a few values is luck: two units in the last place of the largest are always allowed.
-    last_places = 2 * torch.finfo(q.dtype).eps * right.abs().max().item()
-    assert away.max() <= max(2 * own_away.max().item(), last_places), (away.max(), own_away.max())
-    assert away.mean() <= max(2 * own_away.mean().item(), last_places / 8)
+    assert found.is_contiguous() and right.isfinite().all()
+    S, H, _ = q.shape
+    assert_as_good(found, by_stream(stock, q, k, v, table, lengths, scale), right, rows=S * H)
 
 
 @pytest.fixture()
-def allocated(monkeypatch):
-    """Everything that is allocated in the test without being filled holds NaN; the shapes, in order."""
-    shapes, allocate = [], torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        shapes.append(tuple(tensor.shape))
-        return tensor.fill_(NAN)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    return shapes
+def allocated(poisoned):
+    return poisoned
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -114,14 +108,25 @@ def test_matches_float64(case, dtype, impl, allocated):
     assert bool(allocated) == (impl == "triton")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_values(dtype, fresh_seed, allocated):
+    """Another shape, other lengths and values on every run."""
+    draw = random.Random(fresh_seed)
+    G, group = draw.randint(1, 4), draw.choice([1, 2, 3, 8, 11])
+    D, PAGE = 2 * draw.randint(4, 128), 2 ** draw.randint(2, 6)
+    lengths = [draw.randint(0, 5 * PAGE) for _ in range(draw.randint(1, 5))]
+    tensors = data(G * group, G, D, PAGE, lengths, dtype, seed=fresh_seed)
+    assert_as_good_as_torch(paged_attention(*tensors, impl="triton"), *tensors)
+
+
 @pytest.mark.parametrize("programs", [1, 6, 18, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_splits(programs, dtype, monkeypatch, allocated):
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+def test_any_number_of_splits(programs, dtype, allocated):
     # Streams with fewer pages than splits, none at all, and more; a table of 10 columns.
     tensors = data(4, 2, 16, 8, [0, 3, 56], dtype=dtype)
     assert tensors[3].shape == (3, 10)
-    found = paged_attention(*tensors, impl="triton")
+    with override("paged_splits", PROGRAMS=programs):
+        found = paged_attention(*tensors, impl="triton")
     splits = {1: 1, 6: 1, 18: 3, 1000: 10}[programs]
     assert allocated == [(3, 4, 16)] + ([(3, 4, splits, 16), (3, 4, splits)] if splits > 1 else [])
     assert_as_good_as_torch(found, *tensors)
@@ -129,14 +134,8 @@ def test_any_number_of_splits(programs, dtype, monkeypatch, allocated):
 
 def test_splits_follow_from_the_shapes_alone():
     # One stream of a 7B model, as many as fill the GPU, a small pool, many streams.
-    assert [kernel._splits(*a) for a in ((32, 64), (256, 64), (32, 4), (4096, 64), (1, 512), (8, 0))] == [
-        17,
-        3,
-        4,
-        1,
-        kernel.MAX_SPLITS,
-        1,
-    ]
+    cases, numbers = ((32, 64), (256, 64), (32, 4), (4096, 64), (1, 512), (8, 0)), {"PROGRAMS": 528, "MAX_SPLITS": 64}
+    assert [kernel._splits(*case, **numbers) for case in cases] == [17, 3, 4, 1, 64, 1]
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -149,8 +148,8 @@ def test_strides(impl):
     larger = torch.full((6, 12), -1, dtype=torch.int32, device=DEVICE)
     larger[::2, 3 : 3 + table.shape[1]] = table
     found = paged_attention(wide[:, 2:8, 5:], k, v, larger[::2, 3 : 3 + table.shape[1]], lengths, impl=impl)
-    # torch's matrix product may take another way through values that are aligned differently.
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if impl == "torch" else {"rtol": 0, "atol": 0}
+    # torch's matrix product may take another way through values that are aligned differently, as may a GPU's compiler.
+    tolerance = {"rtol": 0, "atol": 0} if impl == "triton" and DEVICE == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found, right, **tolerance)
 
 
@@ -165,21 +164,24 @@ def test_scale(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_scores_far_apart_and_far_from_zero(impl):
     q, k, v, table, lengths = data(2, 2, 16, 8, [30, 30])
-    for factor in (1e3, -1e3, 1e15):
+    for factor in (1e6, -1e6, 1e15):
         found = paged_attention(q * factor, k, v, table, lengths, impl=impl)
         # All weight lies on one position.
         for s in range(2):
             keys, values = (rows_of(pages, table[s], 30) for pages in (k, v))
             best = (keys @ (q[s] * factor)[:, :, None])[:, :, 0].argmax(1)
-            torch.testing.assert_close(found[s], values[torch.arange(2), best], rtol=1e-4, atol=1e-4)
+            expected = values[torch.arange(2, device=DEVICE), best]
+            torch.testing.assert_close(found[s], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_stream_depends_on_no_other_and_a_run_on_no_run(monkeypatch):
-    monkeypatch.setattr(kernel, "_splits", lambda *_: 3)
+    monkeypatch.setattr(kernel, "_splits", lambda *_, **__: 3)
     q, k, v, table, lengths = data(4, 2, 64, 16, [100, 0, 33])
     first = paged_attention(q, k, v, table, lengths, impl="triton")
     assert torch.equal(paged_attention(q, k, v, table, lengths, impl="triton"), first)
-    assert torch.equal(paged_attention(q[2:], k, v, table[2:], lengths[2:], impl="triton"), first[2:])
+    # Copies, because another alignment may be compiled in another way.
+    last = [tensor[2:].clone() for tensor in (q, table, lengths)]
+    assert torch.equal(paged_attention(last[0], k, v, *last[1:], impl="triton"), first[2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -193,7 +195,7 @@ def test_in_16_bits_the_reference_too_depends_on_no_other_stream(dtype):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_offsets_beyond_32_bits(impl):
+def test_offsets_beyond_32_bits(impl, gigabytes):
     q, k, v, _, _ = data(2, 1, 32, 64, [64, 64, 30], dtype=torch.float16)
     q, k, v = q[:1], k.nan_to_num(0)[:3], v.nan_to_num(0)[:3]
     near, table = torch.tensor([[2, 0, 1]], device=DEVICE).int(), torch.tensor([[1 << 20, 0, 1]], device=DEVICE).int()
@@ -209,7 +211,7 @@ def test_offsets_beyond_32_bits(impl):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_a_nan_within_the_length_is_not_hidden(where, splits, monkeypatch):
-    monkeypatch.setattr(kernel, "_splits", lambda *_: splits)
+    monkeypatch.setattr(kernel, "_splits", lambda *_, **__: splits)
     q, k, v, table, lengths = data(2, 2, 16, 8, [20, 20])
     (k if where == "k" else v)[table[1, 1], 0, 3] = NAN
     for impl in ("torch", "triton"):
@@ -265,19 +267,18 @@ def test_bad_arguments(message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [(32, 32, 1), (64, 8, 1), (32, 32, 16), (32, 32, 200)], ids=str)
 def test_at_the_model_s_size(case, dtype, monkeypatch, allocated):
     monkeypatch.setattr(kernel, "paged_attention_ref", lambda *_: pytest.fail("the reference was taken"))
     H, G, S = case
-    lengths = [1 + (1000 + 37 * s) % 1500 for s in range(S)]
-    tensors = data(H, G, 128, 64, lengths, dtype=dtype)
+    # Long ones as far as memory allows it to several workers.
+    lengths = [1 + (1000 + 37 * s) % (1500 if S < 100 else 300) for s in range(S)]
+    tensors = data(H, G, 128, 64, lengths, dtype=dtype, device="cuda")
     assert_as_good_as_torch(paged_attention(*tensors), *tensors)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_holds_for_other_lengths():
     q, k, v, table, lengths = data(32, 32, 128, 64, [500, 900], dtype=torch.bfloat16)
     right = [paged_attention(q, k, v, table, lengths - n) for n in (0, 333)]

@@ -1,11 +1,11 @@
 """The start-up probe: passes for every attention there is here, fails for one that leaks, and then nothing trains."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from attentions import DTYPES_16, ON_A_GPU, need
 from torch.nn import functional as F
 
 from medmax_fast import cli, train
@@ -18,15 +18,8 @@ from medmax_fast.runtime import InputError
 from medmax_fast.vocab import TextTokenizer
 
 CASES = [("sdpa", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-if torch.cuda.is_available():
-    fused = {
-        "flash_attn_3": "flash_attn_interface",
-        "flash_attn": "flash_attn",
-        "torch_varlen": "torch.nn.attention.varlen",
-    }
-    names = ["sdpa", *(name for name, module in fused.items() if importlib.util.find_spec(module))]
-    CASES += [("sdpa", "cuda", torch.float32)]
-    CASES += [(name, "cuda", dtype) for name in names for dtype in (torch.bfloat16, torch.float16)]
+CASES += [pytest.param("sdpa", "cuda", torch.float32, marks=pytest.mark.gpu)]
+CASES += [pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu) for name in ON_A_GPU for dtype in DTYPES_16]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +29,7 @@ def tokenizer(golden):
 
 @pytest.mark.parametrize(("name", "device", "dtype"), CASES, ids=str)
 def test_passes_for_what_training_uses(golden, tokenizer, monkeypatch, name, device, dtype):
+    need(name)
     for module in (attention, probe):
         monkeypatch.setattr(module, "available", lambda *_: name)
     model = load_model(golden / "checkpoint", device, dtype)
@@ -109,6 +103,15 @@ def test_fails_for_an_attention_that_leaks(golden, tokenizer, monkeypatch, name,
         with pytest.raises(InputError, match=rf"^attention {name} in float32 on cpu: .*{message}.*; load the") as error:
             probe_isolation(wrap(model), "cpu")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_a_leak_is_seen_on_a_gpu(golden, monkeypatch):
+    use(monkeypatch, "leaking", one_row)
+    model = load_model(golden / "checkpoint", "cuda", torch.bfloat16)
+    message = r"^attention leaking in bfloat16 on cuda: .*ids of sequence 1 .* sequence 2 moved at [0-9]+ of its 35 "
+    with pytest.raises(InputError, match=message):
+        probe_isolation(model, "cuda")
 
 
 def test_a_model_that_says_nothing_proves_nothing(golden):

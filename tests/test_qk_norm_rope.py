@@ -1,17 +1,21 @@
 """LayerNorm + RoPE of each head: both paths against float64, at most twice the error of transformers' operations."""
 
 import itertools
+import random
 import weakref
 
 import pytest
 import torch
+from accuracy import assert_as_good, assert_same
 from torch.utils.checkpoint import checkpoint
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm, apply_rotary_pos_emb
 
 from medmax_fast.kernels import qk_norm_rope
+from medmax_fast.kernels.blocks import blocks
 from medmax_fast.kernels.qk_norm_rope import norm_rope, norm_rope_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu(required=False), pytest.mark.usefixtures("bf16_to_nearest")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("x", "weight", "bias")
 # Tokens, heads, width: the real width, one and two groups of heads, tiles cut short and several of them, widths that
@@ -73,25 +77,18 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_all_same(found, expected):
+    assert found and found.keys() <= expected.keys()
+    for name in found:
+        assert_same(found[name], expected[name])
+
+
 def assert_as_good_as_stock(found, tensors, own=None):
     expected, own = exact(*tensors), own or results(stock, *tensors)
     assert found.keys() == own.keys()
+    T, H, _ = tensors[0].shape
     for name, y in found.items():
-        assert y.shape == own[name].shape and y.dtype == own[name].dtype
-        away, own_away = ((z.double() - expected[name]).abs() for z in (y, own[name]))
-        # The worst of a few dozen values is luck: two units in the last place of the largest are always allowed.
-        last_places = 2 * torch.finfo(y.dtype).eps * y.abs().max().item()
-        assert away.mean() <= 2 * own_away.mean(), (name, away.mean(), own_away.mean())
-        assert away.max() <= max(2 * own_away.max(), last_places), (name, away.max(), own_away.max())
-
-
-@pytest.fixture()
-def poisoned(monkeypatch):
-    """Everything that is allocated in the test without being filled holds NaN."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-        fill = lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(float("nan"))  # noqa: E731
-        monkeypatch.setattr(torch, name, fill)
+        assert_as_good(y, own[name], expected[name], rows=T * H)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -105,6 +102,16 @@ def test_matches_float64(shape, dtype, per_head, impl, poisoned):
     assert_as_good_as_stock(found, tensors)
 
 
+@pytest.mark.parametrize("per_head", [False, True], ids=["tied", "per_head"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_values(dtype, per_head, fresh_seed, poisoned):
+    """Another shape and other values on every run."""
+    draw = random.Random(fresh_seed)
+    T, H, D = draw.randint(20, 150), draw.randint(1, 19), 2 * draw.randint(8, 70)
+    tensors = inputs(T, H, D, dtype, per_head, draw.uniform(-1, 1), fresh_seed)
+    assert_as_good_as_stock(kernel(*tensors), tensors)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_affine_part_and_angles_of_other_dtypes(dtype, impl, poisoned):
@@ -112,12 +119,9 @@ def test_affine_part_and_angles_of_other_dtypes(dtype, impl, poisoned):
     tensors = x, weight.float(), bias.float(), cos.double(), sin, dout
     found = results(norm_rope, *tensors, impl=impl)
     assert (found["out"].dtype, found["x"].dtype) == (dtype, dtype)
-    # The affine part's gradients stay in fp32, as exact as if everything had been; the others are rounded once (which
-    # the interpreter does not do to nearest in bf16: there the operations in bf16 are the measure).
+    # The affine part's gradients stay in fp32, as exact as if everything had been; the others are rounded once.
     own = results(stock, *(tensor.float() for tensor in tensors))
-    truncated = dtype == torch.bfloat16 and impl == "triton" and DEVICE == "cpu"
-    rounded = results(stock, *(tensor.to(dtype) for tensor in tensors)) if truncated else own
-    own |= {name: rounded[name].to(dtype) for name in ("out", "x")}
+    own |= {name: own[name].to(dtype) for name in ("out", "x")}
     assert_as_good_as_stock(found, tensors, own)
     half = kernel(x, weight, bias.float(), cos, sin, dout)
     assert (half["weight"].dtype, half["bias"].dtype) == (dtype, torch.float32)
@@ -128,10 +132,10 @@ def test_large_mean(dtype, mean, poisoned):
     tensors = inputs(37, 5, 128, dtype, mean=mean)
     assert_as_good_as_stock(kernel(*tensors), tensors)
     # The guard: the difference of mean squares would be far off on these values.
-    x = tensors[0].float()
+    x = tensors[0].cpu().float()
     variance = (x.pow(2).mean(-1) - x.mean(-1).pow(2)).double()
     right = x.double().var(-1, correction=0)
-    assert ((variance - right).abs() / right).max() > 1e-3
+    assert ((variance - right).abs() / right).max() > 1e-4
 
 
 def test_strides():
@@ -147,19 +151,20 @@ def test_strides():
     affine = weight.T.contiguous().T, torch.full((H, 2 * D), float("nan"), device=DEVICE)[:, :D].copy_(bias)
     strided = strided_x, *affine, first, every, strided_dout
     assert not any(tensor.is_contiguous() for tensor in strided)
-    assert_equal(kernel(*strided), expected)
+    assert_all_same(kernel(*strided), expected)
     # Heads before tokens in memory; a gradient with a last stride of zero, as a sum's; one of another order.
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_equal(kernel(turned, *strided[1:5], dout.mT.contiguous().mT), expected)
+    assert_all_same(kernel(turned, *strided[1:5], dout.mT.contiguous().mT), expected)
     ones = torch.ones((), device=DEVICE).expand_as(x)
-    assert_equal(kernel(x, *strided[1:5], ones), kernel(x, weight, bias, cos, sin, ones.contiguous()))
+    assert_all_same(kernel(x, *strided[1:5], ones), kernel(x, weight, bias, cos, sin, ones.contiguous()))
 
 
 def test_tied_weights_are_summed_over_heads():
     x, weight, bias, cos, sin, dout = inputs(21, 9, 64)
     tied = kernel(x, weight, bias, cos, sin, dout)
     each = kernel(x, weight.expand(9, 64), bias.expand(9, 64), cos, sin, dout)
-    assert torch.equal(tied["out"], each["out"]) and torch.equal(tied["x"], each["x"])
+    for name in ("out", "x"):
+        assert_same(each[name], tied[name])
     for name in ("weight", "bias"):
         torch.testing.assert_close(each[name].sum(0), tied[name], rtol=1e-5, atol=1e-5)
 
@@ -170,7 +175,7 @@ def test_tied_weights_are_summed_over_heads():
 def test_every_subset_of_gradients(wanted, per_head, impl, poisoned):
     tensors = inputs(21, 9, 16, per_head=per_head)
     found = results(norm_rope, *tensors, wanted=wanted, impl=impl)
-    assert_equal(found, results(norm_rope, *tensors, impl=impl))
+    assert_all_same(found, results(norm_rope, *tensors, impl=impl))
 
 
 def test_unwanted_gradients_are_neither_computed_nor_allocated(monkeypatch):
@@ -226,7 +231,7 @@ def test_checkpointing():
 def test_a_token_does_not_depend_on_the_others_nor_on_the_run(per_head):
     x, weight, bias, cos, sin, dout = inputs(300, 9, 16, per_head=per_head)
     together = kernel(x, weight, bias, cos, sin, dout)
-    assert qk_norm_rope._plan(300, 9, 16)[1] == (3, 2)
+    assert min(qk_norm_rope._plan(300, 9, 16, **blocks("norm_rope", x.device))[1]) > 1
     assert_equal(kernel(x, weight, bias, cos, sin, dout), together)
     some = slice(101, 130)
     alone = kernel(x[some], weight, bias, cos[some], sin[some], dout[some])
@@ -338,7 +343,6 @@ def test_bad_arguments(x, weight, bias, cos, sin, impl, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("per_head", [False, True], ids=["tied", "per_head"])
 def test_real_shape(per_head, poisoned, monkeypatch):
     tensors = inputs(4096, 32, 128, torch.bfloat16, per_head)

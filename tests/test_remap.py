@@ -1,5 +1,7 @@
 """Codes, ids and image spans: both paths against plain Python, poisoned buffers, every range error."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from medmax_fast.kernels import remap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu(required=False)
 BOTH = pytest.mark.parametrize("impl", ["torch", "triton"])
 BOI, EOI, IMAGE_START = 8197, 8196, 4
 POISON = 54321
@@ -27,7 +30,7 @@ def spans_by_hand(buffer, starts, codes):
 @BOTH
 @pytest.mark.parametrize("out", remap.BUFFER_DTYPES)
 @pytest.mark.parametrize("dtype", remap.DTYPES)
-def test_round_trip(dtype, out, impl):
+def test_round_trip(dtype, out, impl, poisoned):
     limit = min(8192, torch.iinfo(dtype).max + 1)
     codes = (torch.arange(3 * 1367) * 31 % limit).reshape(3, 1367)
     ids = remap.codes_to_ids(codes.to(dtype).to(DEVICE), IMAGE_START, dtype=out, impl=impl)
@@ -35,6 +38,22 @@ def test_round_trip(dtype, out, impl):
     assert ids.tolist() == (codes + 4).tolist()
     back = remap.ids_to_codes(ids, IMAGE_START, dtype=out, impl=impl)
     assert back.dtype == out and back.tolist() == codes.tolist()
+    assert bool(poisoned) == (impl == "triton")
+
+
+@BOTH
+def test_fresh_values(impl, fresh_seed, poisoned):
+    """Other codes, sizes and places on every run."""
+    draw = random.Random(fresh_seed)
+    N, P, start, gap = draw.randint(2, 9), draw.randint(300, 3000), draw.randint(1, 50000), draw.randint(0, 5)
+    codes = torch.tensor([[draw.randrange(8192) for _ in range(P)] for _ in range(N)], device=DEVICE)
+    ids = remap.codes_to_ids(codes, start, dtype=torch.uint16, impl=impl)
+    assert ids.tolist() == (codes + start).tolist()
+    assert remap.ids_to_codes(ids, start, dtype=torch.int32, impl=impl).tolist() == codes.tolist()
+    starts = draw.sample(range(gap, gap + N * (P + 3), P + 3), N)
+    buffer = integers([POISON] * (gap + N * (P + 3)), torch.uint16)
+    remap.write_image_spans(buffer, integers(starts), codes, BOI, EOI, IMAGE_START, impl=impl)
+    assert buffer.tolist() == spans_by_hand([POISON] * len(buffer), starts, codes.tolist())
 
 
 @BOTH

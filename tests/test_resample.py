@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medmax_fast.kernels import launch, resample
+from medmax_fast.kernels.blocks import entry, override
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu(required=False)
 SIDE = 24
 BYTES = torch.arange(256, dtype=torch.uint8, device=DEVICE)
 # (width, height): at size, up, down, extreme aspects, one pixel thin, primes, and one more or less than the side.
@@ -111,10 +113,10 @@ def assert_equals_pillow(out, images, side=SIDE, values=BYTES):
 
 
 @pytest.fixture(autouse=True)
-def _tall_blocks(monkeypatch):
+def _tall_blocks():
     # The interpreter takes as long for a row as for a hundred. test_block_sizes runs the kernels' own blocks.
-    if DEVICE == "cpu":
-        monkeypatch.setattr(resample, "BLOCK_ROWS", 128)
+    with override("resample", **({"BLOCK_ROWS": 128} if DEVICE == "cpu" else {})):
+        yield
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -169,13 +171,14 @@ def test_batch_of_different_sizes(impl):
     assert_equals_pillow(resample.resample(joined(gaps), plan, BYTES, impl=impl), images)
 
 
-@pytest.mark.parametrize("blocks", [(resample.BLOCK_ROWS, resample.BLOCK_J), (4, 32), (16, 64)])
-def test_block_sizes(blocks, monkeypatch):
+@pytest.mark.parametrize("blocks", [None, (4, 32), (16, 64)])
+def test_block_sizes(blocks):
     # The launch's own blocks; and 13 x 3 bytes, which no block divides, in several blocks of columns.
-    monkeypatch.setattr(resample, "BLOCK_ROWS", blocks[0])
-    monkeypatch.setattr(resample, "BLOCK_J", blocks[1])
+    numbers = dict(zip(("BLOCK_ROWS", "BLOCK_J"), blocks, strict=True)) if blocks else entry("resample", 90).numbers
     images = [random_image(23, 17), random_image(9, 11), random_image(13, 30)]
-    assert_equals_pillow(resample.resample(joined(images), plan_of(images, 13), BYTES, impl="triton"), images, 13)
+    with override("resample", **numbers):
+        out = resample.resample(joined(images), plan_of(images, 13), BYTES, impl="triton")
+    assert_equals_pillow(out, images, 13)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -211,6 +214,17 @@ def test_sums_fit_int32():
         positive = weights.clamp(min=0).long().sum(1).max().item()
         assert 2**22 <= positive < 1.3 * 2**22
         assert 255 * positive + 2**21 < 2**31 - 2**29
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fresh_values(impl, fresh_seed, poisoned):
+    """Pictures of other sizes, and another side, on every run."""
+    draw = random.Random(fresh_seed)
+    side = draw.randint(20, 60)
+    sizes = [(draw.randint(1, 150), draw.randint(1, 150)) for _ in range(4)] + [(draw.randint(300, 700), 311)]
+    images = [random_image(*size, fresh_seed) for size in sizes]
+    assert_equals_pillow(resample.resample(joined(images), plan_of(images, side), BYTES, impl=impl), images, side)
+    assert poisoned
 
 
 def test_writes_every_byte_and_no_other():

@@ -1,5 +1,7 @@
 """Sampling: both paths against a float64 oracle, ids equal wherever rounding cannot decide between two of them."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -15,23 +17,12 @@ IMPLS = ["torch", "triton"]
 # How far from a border between two ids rounding may decide; the reference adds up in float64, as the oracle does.
 TOLERANCES = {"torch": 1e-9, "triton": sampling.TOLERANCE}
 pytestmark = [
-    pytest.mark.usefixtures("bf16_to_nearest"),
+    pytest.mark.gpu(required=False),
+    pytest.mark.usefixtures("bf16_to_nearest", "poisoned"),
     # The interpreter's numpy takes a difference of infinities where its value is not used.
     pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"),
 ]
 EXTREMES = [(t, p) for t in (0.01, 1.0, 100.0) for p in (0.0, 1e-6, 0.9, 1.0)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Everything that is allocated in the test without being filled holds NaN, or a number that is no id."""
-    allocate = torch.empty
-
-    def poisoned_empty(*sizes, **options):
-        made = allocate(*sizes, **options)
-        return made.fill_(float("nan") if made.is_floating_point() else -77)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +145,14 @@ SHAPES = [
 @pytest.mark.parametrize(("R", "V", "dtype"), SHAPES, ids=str)
 def test_text_matches_float64(R, V, dtype, impl):
     check_text(make_text(R, V, dtype, seed=V), impl)
+
+
+def test_fresh_values(fresh_seed):
+    """Other sizes, logits and settings on every run."""
+    draw = random.Random(fresh_seed)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+    check_text(make_text(20, draw.randint(500, 9000), dtype, fresh_seed, draw.choice([0.3, 3.0, 10.0])), "triton")
+    check_image(make_image(20, draw.randint(500, 8192), dtype, fresh_seed), "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -441,7 +440,6 @@ def test_bad_arguments_of_images(changed, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_real_sizes_and_a_cuda_graph(dtype):
     text, image = make_text(64, 65536, dtype), make_image(64, 8192, dtype)

@@ -15,7 +15,6 @@ import time
 import numpy as np
 import pyarrow
 import pytest
-import torch
 from PIL import Image
 from pyarrow import parquet
 
@@ -103,21 +102,24 @@ def hashes(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("decoder", ["pillow", "dali"])
-def test_golden_codes(golden, tmp_path, capsys, decoder):
+def test_golden_codes(golden, tmp_path, capsys, decoder, device):
     if decoder == "dali":
         pytest.importorskip("nvidia.nvimgcodec", reason="needs the extra [dali]")
     expected = json.loads((golden / "image_codes.json").read_text())
     with open(tmp_path / "table.csv", "w") as file:
         file.write("image_path\n" + "".join(f"{golden}/images/{name}\n" for name in expected))
-    flags = ("--decoder", decoder)
+    flags = ("--decoder", decoder, "--device", device, "--precision", "fp32")
     assert tokenize(tmp_path / "table.csv", tmp_path / "codes", *flags, ckpt=golden / "checkpoint") == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["images"], summary["encoded"], summary["rejected"], summary["shards"]) == (21, 21, 0, 5)
     rows = read_table(tmp_path / "codes")
     assert [path for path, _ in rows] == [f"{golden}/images/{name}" for name in expected]
     for (path, codes), answer in zip(rows, expected.values(), strict=True):
-        assert np.count_nonzero(np.array(codes) != answer["codes"]) <= answer["near_ties"], path
+        # A GPU's order of summation has near ties of its own; that they are no more than that is in test_vqgan.py.
+        allowed = answer["near_ties"] + (device == "cuda")
+        assert np.count_nonzero(np.array(codes) != answer["codes"]) <= allowed, path
 
 
 def test_golden_codes_with_alpha_dropped(golden, tmp_path):
@@ -322,7 +324,6 @@ def test_what_is_not_exact_is_compared_with_what_is(golden, tmp_path, capsys):
     assert manifest["codes_differing"] == summary["codes_differing"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_nvjpeg_needs_a_gpu(fake, pictures, tmp_path, capsys):
     assert tokenize(pictures / "table.csv", tmp_path / "codes", "--fast") == 2
     (line,) = capsys.readouterr().err.splitlines()

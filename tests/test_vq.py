@@ -1,6 +1,7 @@
 """Nearest code: the torch reference against float64 arithmetic, the Triton kernel against the reference."""
 
 import os
+import random
 import subprocess
 import sys
 
@@ -13,10 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from medmax_fast.kernels import vq
+from medmax_fast.kernels.blocks import override
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu(required=False)
 # Rows, codes, channels: around the block sizes, odd, tiny, and channels that are no power of two.
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 128, 16), (65, 129, 32), (70, 300, 48), (127, 1, 3), (130, 257, 256)]
+# Codes and channels of tests that draw many sizes: any in the interpreter; a GPU compiles three kernels for each pair.
+if DEVICE == "cpu":
+    SIZES = st.tuples(st.integers(1, 280), st.integers(1, 40))
+    PAIRS = st.tuples(st.integers(1, 30), st.integers(16, 70))
+else:
+    SIZES, PAIRS = st.sampled_from([(1, 1), (37, 5), (128, 16), (279, 40)]), st.sampled_from([(1, 16), (11, 70)])
 
 
 def latents(N, K, D, seed=0, spread=1.0):
@@ -44,14 +53,29 @@ def assert_nearest(codes, z, e):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_float64(shape, impl):
+def test_matches_float64(shape, impl, poisoned):
     z, e = latents(*shape)
     assert_nearest(vq.nearest_code(z, e, impl=impl), z, e)
+    assert poisoned
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fresh_values(impl, fresh_seed, poisoned):
+    """Another shape and other latents on every run, a third of them codes themselves."""
+    draw = random.Random(fresh_seed)
+    N, K, D = draw.randint(100, 300), draw.randint(200, 900), draw.randint(17, 250)
+    z, e = latents(N, K, D, fresh_seed, spread=draw.choice([0.1, 1.0, 10.0]))
+    order = torch.tensor(draw.sample(range(K), N // 3), device=DEVICE)
+    z[: N // 3] = e[order]
+    codes = vq.nearest_code(z, e, impl=impl)
+    assert_nearest(codes, z, e)
+    assert torch.equal(codes[: N // 3], order)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 280), st.integers(1, 40), st.integers(0, 9999))
-def test_paths_agree_on_integers_exactly(N, K, D, seed):
+@given(st.integers(1, 90), SIZES, st.integers(0, 9999))
+def test_paths_agree_on_integers_exactly(N, sizes, seed):
+    K, D = sizes
     # Small integers are exact in fp32 in any order of summation and full of ties: all paths must agree bit for bit.
     generator = torch.Generator().manual_seed(seed)
     z = torch.randint(-2, 3, (N, D), generator=generator).float().to(DEVICE)
@@ -125,14 +149,13 @@ def test_non_finite_values(impl):
     assert (codes[others] == 150).all() and codes[3] == 0
 
 
-def test_block_sizes_change_nothing_but_near_ties(monkeypatch):
+def test_block_sizes_change_nothing_but_near_ties():
     z, e = latents(80, 300, 48)
     results = []
     for blocks in [(16, 64, 16), (64, 128, 16), (32, 256, 32)]:
         blocks = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), blocks, strict=True))
-        monkeypatch.setattr(vq, "SCREEN", blocks)
-        monkeypatch.setattr(vq, "SEARCH", blocks)
-        results.append(vq.nearest_code(z, e, impl="triton"))
+        with override("vq_screen", **blocks), override("vq_search", **blocks):
+            results.append(vq.nearest_code(z, e, impl="triton"))
     two = distances(z, e).topk(2, largest=False).values
     apart = two[:, 1] - two[:, 0] > 1e-4 * two[:, 0]
     assert apart.sum() > 70
@@ -155,8 +178,9 @@ def test_both_stages_decide():
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 30), st.integers(16, 70), st.integers(-12, 12), st.integers(0, 999))
-def test_near_ties(ulps, pairs, D, exponent, seed):
+@given(st.integers(1, 100), PAIRS, st.integers(-12, 12), st.integers(0, 999))
+def test_near_ties(ulps, sizes, exponent, seed):
+    pairs, D = sizes
     # Two codes on opposite sides of each of `pairs` latents, one moved by a few ulps; as many latents equal a code.
     generator = torch.Generator().manual_seed(seed)
     z, step, clear = torch.randn(3, pairs, D, generator=generator).unbind()

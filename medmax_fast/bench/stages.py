@@ -39,7 +39,7 @@ SUITES = {
         *_sections("kernels", KERNELS),
         *_sections("collate", {"collate": "collate"}),
         *_sections("images", {"encoder": "vqgan", "tokenize": "vqgan resample tokenization"}),
-        *_sections("generate", dict.fromkeys(("text", "pictures", "vqa"), "generate generate_command")),
+        *_sections("generate", dict.fromkeys(("text", "pictures", "vqa"), "generate generate_command decoder")),
         *_sections("train", {"train": "attention loss gpu_training"}),
     ],
     "cpu": [Stage("pixels", "images"), *(Stage(name, name, section=False) for name in WHOLE)],

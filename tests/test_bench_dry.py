@@ -1,0 +1,42 @@
+"""The GPU suite as `make gpu` runs it, dry: every stage behind its tests, Triton's kernels in the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medmax_fast.bench.stages import SUITES
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_whole_suite_runs_dry(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "medmax_fast",
+        "bench",
+        "--suite",
+        "gpu",
+        "--dry",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + (tmp_path / "out" / "log.txt").read_text()[-8000:]
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert result["dry"] and [stage["stage"] for stage in result["stages"]] == [stage.name for stage in SUITES["gpu"]]
+    assert result["tests"] and not any(test["red"] for test in result["tests"].values())
+    # Kernels were ours, not their references, and every stage has a form to be compared with.
+    for stage in SUITES["gpu"]:
+        rows = [row for row in result["rows"] if row["stage"] == stage.name]
+        assert any(row["form"].startswith(("ours", "medmax", "packed")) for row in rows), stage.name
+        assert any(row["beside"] and row["beside"] != row["form"] for row in rows), stage.name
+        assert all(row["quality"] for row in rows if row["form"].startswith("ours")), stage.name
+        assert all(row["share"] for row in rows), stage.name
+    assert "the times mean nothing" in (tmp_path / "out" / "table.md").read_text()
+    assert json.loads(run.stdout.splitlines()[-1])["rows"] == result["rows"]
