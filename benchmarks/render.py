@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, ROOFLINE = ROOT / "README.md", ROOT / "benchmarks" / "roofline.md"
 BEGIN, END = "<!-- rendered by python -m benchmarks.render -->", "<!-- end of what is rendered -->"
 NO_GPU = "No GPU has measured this code yet, and none is estimated: `make gpu` on a machine with one does it."
+ON_CPU = "Models are the tiny random one, kernels their torch references: of a CPU the ratios count, not the times."
 INTRODUCTION = """Rendered by `python -m benchmarks.render` from benchmarks/results/, from the shapes of the benchmarks
 and from kernels/blocks.py. A stage's floor is the larger of two times: the bytes that any form of it must read or
 write, each once, at the rate of a large copy, and the FLOP of its products at the rate of a large bf16 product. Both
@@ -50,13 +51,16 @@ def newest(what: str, folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def readme_block(gpu: dict[str, dict], cpu: dict[str, dict]) -> str:
-    """Rows that are compared with another form, of every hardware."""
+    """Of every hardware and shape our form beside the one that it is compared with."""
     parts = [] if gpu else [NO_GPU]
     for result in [*gpu.values(), *cpu.values()]:
-        rows = [cells(row) for row in result["rows"] if row["times"] is not None and row["beside"] != row["form"]]
-        if rows:
-            shown = [{name: plain(row[name]) for name in SHOWN} for row in rows]
-            parts += [f"**{heading(result)}.** {summary(result)}", table(shown)]
+        compared = [row for row in result["rows"] if row["times"] is not None]
+        shapes = dict.fromkeys((row["stage"], row["shape"]) for row in compared)
+        best = [row for stage, shape in shapes if (row := ours(stage, shape, compared))]
+        if best:
+            shown = [{name: plain(cell) for name, cell in cells(row).items() if name in SHOWN} for row in best]
+            note = "" if result["environment"].get("gpu") else f" {ON_CPU}"
+            parts += [f"**{heading(result)}.** {summary(result)}{note}", table(shown)]
     return "\n\n".join(parts)
 
 
@@ -81,18 +85,18 @@ def floor_row(floor: dict, gpu: dict[str, dict]) -> dict[str, str]:
         "FLOP/byte": number(flop / moved) if moved and flop else "-",
     }
     for hardware, result in gpu.items():
-        best = ours(floor, result["rows"])
+        best = ours(floor["stage"], floor["shape"], [row for row in result["rows"] if row["floor_s"]])
         row[f"{hardware}: floor"] = duration(best["floor_s"]) if best else "-"
         row[f"{hardware}: measured"] = f"{duration(best['p50_s'])} ({plain(best['form'])})" if best else "-"
         row[f"{hardware}: gap"] = f"{number(best['p50_s'] / best['floor_s'])} x" if best else "-"
     return row
 
 
-def ours(floor: dict, rows: list[dict]) -> dict | None:
-    """The fastest row of this shape that is not what others are compared with; None where it has not been measured."""
-    same = [row for row in rows if (row["stage"], row["shape"]) == (floor["stage"], floor["shape"]) and row["floor_s"]]
-    own = [row for row in same if row["form"].startswith("ours")] or [r for r in same if r["form"] != r["beside"]]
-    return min(own, key=lambda row: row["p50_s"], default=None)
+def ours(stage: str, shape: str, rows: list[dict]) -> dict | None:
+    """The row of a shape called ours, else the fastest that nothing is compared with; None if there is none."""
+    same = [row for row in rows if (row["stage"], row["shape"]) == (stage, shape) and row["form"] != row["beside"]]
+    own = [row for row in same if row["form"] == "ours"] or [row for row in same if row["form"].startswith("ours")]
+    return min(own or same, key=lambda row: row["p50_s"], default=None)
 
 
 def scaled(value: float, unit: str) -> str:

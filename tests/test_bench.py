@@ -269,7 +269,8 @@ def test_read_tests(tmp_path):
 
 
 def test_figures_for_people():
-    assert [table.duration(s) for s in (2.5, 0.0123, 4.5e-6, 7e-10)] == ["2.5 s", "12.3 ms", "4.5 us", "0.7 ns"]
+    times = (2.5, 0.9998, 0.0123, 4.5e-6, 7e-10)
+    assert [table.duration(s) for s in times] == ["2.5 s", "1,000 ms", "12.3 ms", "4.5 us", "0.7 ns"]
     assert [table.number(n) for n in (None, 12345, 0.01234, 1234.5, 2.5e9)] == [
         "-",
         "12,345",

@@ -9,7 +9,7 @@ import torch
 from quick_run import quick_run
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = ["published", "ours", "ours, prefetched"]
+FORMS = ["published", "ours", "ours, prefetched: the wait"]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,16 @@ def test_every_pack_reaches_the_device_in_three_ways(found):
         ids = float(row["shape"].split()[0].replace(",", ""))
         assert row["stage"] == "collate" and row["quality"] == {"ids_differing": 0}
         assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
+        assert (row["beside"], row["times"]) == ("published", pytest.approx(published["p50_s"] / row["p50_s"]))
+        if row["form"] == FORMS[2]:
+            # Threads have done the work meanwhile: a wait has no rate.
+            assert row["moved_bytes"] is row["items_per_s"] is row["share"] is None
+            continue
         # 2 bytes read and 24 written per id.
         assert row["moved_bytes"] == pytest.approx(26 * ids, rel=1e-3) and row["flop"] is None
         assert row["gb_per_s"] == pytest.approx(row["moved_bytes"] / row["p50_s"] / 1e9)
         assert row["share"] == pytest.approx(row["moved_bytes"] / found["copy_bytes_per_s"] / row["p50_s"])
         assert row["items_per_s"] == pytest.approx(ids / row["p50_s"], rel=1e-3) and row["unit"] == "ids"
-        assert (row["beside"], row["times"]) == ("published", pytest.approx(published["p50_s"] / row["p50_s"]))
 
 
 def test_forms_on_the_host(found):

@@ -50,7 +50,8 @@ def number(value: float | int | str | None) -> str:
         return EMPTY
     if isinstance(value, str):
         return value
-    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e6):
+    # From 999.5 on three digits would be written with an exponent.
+    if isinstance(value, int) or 999.5 <= abs(value) < 1e6:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
