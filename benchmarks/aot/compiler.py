@@ -173,8 +173,9 @@ def compile_all(capabilities: Collection[int], cases: Collection[str] = ()) -> d
     """ "CASE/CAPABILITY" -> its row, of all cases unless some are named; RuntimeError with what a compiler said."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
-        # An empty cache, so that the compiler really runs.
-        environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache}
+        # The same triton as here, with an empty cache, so that it really runs.
+        path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+        environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": cache}
         runs = {
             capability: subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.aot.compiler", str(capability), *cases],

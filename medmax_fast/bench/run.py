@@ -166,9 +166,10 @@ class Run:
         self.rows += rows
         there = {row["stage"] for row in rows}
         # Of one that was stopped or died only these are whole; the last one may lack rows.
-        ended = names if status == 0 else found.get("section_s", {})
-        seconds = (time.monotonic() - began) / len(stages)
+        took = found.get("section_s", {})
+        ended = names if status == 0 else took
         for name in names:
+            seconds = took.get(name, (time.monotonic() - began) / len(stages))
             if name in failed:
                 # A reason, or one for each shape that failed.
                 reasons = failed[name] if isinstance(failed[name], list) else [failed[name]]
