@@ -19,6 +19,7 @@ from benchmarks.harness import parse_arguments, print_table, report, timed
 from medmax_fast.data.balance import pack_costs, share_packs, share_packs_ref
 from medmax_fast.data.packing import plan_epoch, plan_epoch_ref
 
+ROOT = Path(__file__).resolve().parents[1]
 CAPACITIES = (4096, 8192, 16384, 32768)
 WORLD = 8
 PACKS_PER_STEP = (8, 16, 64)
@@ -121,7 +122,9 @@ def planner_row(lengths: np.ndarray, capacity: int, repeats: int = 3) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lengths.npy"
         np.save(path, lengths)
-        code = f"from benchmarks.bench_packing import measure; measure({str(path)!r}, {capacity}, {repeats})"
+        # At the end of the path, where it hides no installed package.
+        code = f"import sys; sys.path.append({str(ROOT)!r}); from benchmarks.bench_packing import measure; "
+        code += f"measure({str(path)!r}, {capacity}, {repeats})"
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return {

@@ -41,3 +41,16 @@ def test_the_whole_suite_runs_dry(tmp_path):
         assert all(row["share"] or row["form"].endswith("the wait") for row in rows), stage.name
     assert "the times mean nothing" in (tmp_path / "out" / "table.md").read_text()
     assert json.loads(run.stdout.splitlines()[-1])["rows"] == result["rows"]
+
+
+def test_stages_for_a_cpu_run_dry(tmp_path):
+    # Of those that have no test of their own the quick ones.
+    command = [sys.executable, "-m", "medmax_fast", "bench", "packing", "collate", "--suite", "cpu", "--dry"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert [(stage["stage"], stage["status"]) for stage in result["stages"]] == [
+        ("packing", "done"),
+        ("collate", "done"),
+    ]
+    assert result["benchmarks"]["packing"]["rows"] and {row["stage"] for row in result["rows"]} == {"collate"}
