@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import parse_arguments, percentiles, report
+from benchmarks.harness import percentiles, report
+from benchmarks.sections import section_parser
 from benchmarks.stages.generate_forms import DEFAULTS, Models, compare
 from benchmarks.stages.generate_sections import seconds
 from medmax_fast.config import EvalConfig
@@ -194,7 +195,9 @@ SECTIONS = {"closed": closed, "open": free, "server": server}
 
 
 def main() -> None:
-    arguments = parse_arguments("evaluation: the command against one question at a time", SECTIONS)
+    arguments = section_parser(
+        "evaluation: the command against one question at a time", SECTIONS, sized=True
+    ).parse_args()
     device = pick_device("auto")
     name = arguments.size or ("7b" if device.type == "cuda" else "tiny")
     with tempfile.TemporaryDirectory() as folder:

@@ -33,8 +33,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import Roofline, parse_arguments
-from benchmarks.sections import run_sections
+from benchmarks.harness import Roofline
+from benchmarks.sections import run_sections, section_parser
 from benchmarks.stages.generate_forms import Models
 from benchmarks.stages.generate_more import agreement, quantize
 from benchmarks.stages.generate_sections import (
@@ -84,7 +84,9 @@ def pick_size(device: torch.device, quick: bool) -> Size:
 
 
 def main() -> None:
-    arguments = parse_arguments("generation: engine against transformers and the published shape", SECTIONS)
+    arguments = section_parser(
+        "generation: engine against transformers and the published shape", SECTIONS, sized=True
+    ).parse_args()
     device = pick_device("auto")
     gpu = device.type == "cuda"
     name = arguments.size or ("7b" if gpu else "tiny")
@@ -95,9 +97,7 @@ def main() -> None:
         facts = {
             "size": name,
             "dtype": str(models.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
             "copy_bytes_per_s": roofline.copy,
             "product_flop_per_s": roofline.product,
         }

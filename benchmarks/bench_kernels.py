@@ -19,7 +19,6 @@ A failed case leaves the others as they are, and a form of another compiler that
 1. With --output all is written after each section.
 """
 
-import argparse
 import random
 import sys
 import time
@@ -31,14 +30,13 @@ import torch
 from benchmarks.cases import codes as code
 from benchmarks.cases import decoding as decode
 from benchmarks.cases import images as image
-from benchmarks.cases import loss as loss
-from benchmarks.cases import sampling as sampling
+from benchmarks.cases import loss, sampling
 from benchmarks.cases import training as train
 from benchmarks.cases.case import COMPILED, LIGER, Case, Draw, Work
 from benchmarks.harness import Roofline, environment, evidence, extra_bytes, in_turns, report
-from benchmarks.sections import FAILURES, forget
+from benchmarks.sections import FAILURES, forget, reason_of, section_parser
 from medmax_fast.kernels.launch import INTERPRETED
-from medmax_fast.runtime import one_line, write_json
+from medmax_fast.runtime import write_json
 
 # The cases of each kernel at a size: "gpu", "cpu" or "quick".
 STAGES: dict[str, Callable[[str], list[Case]]] = {
@@ -119,7 +117,7 @@ def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[l
         except FAILURES as error:
             if name not in (COMPILED, LIGER):
                 raise
-            reasons.append(f"{case.shape}, {name}: {type(error).__name__}: {one_line(error)}")
+            reasons.append(f"{case.shape}, {name}: {reason_of(error)}")
     work = replace(work, forms={name: work.forms[name] for name in quality})
     extra = {name: extra_bytes(form.call) if draw.device == "cuda" else None for name, form in work.forms.items()}
     times = seconds(work, draw.device, repeats)
@@ -137,21 +135,10 @@ def measure(case: Case, draw: Draw, roofline: Roofline, repeats: int) -> tuple[l
     return rows, found, reasons
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="every kernel: time, memory, floor, and what shows that it is right")
-    parser.add_argument("--only", default=",".join(STAGES), help="kernels to run, with commas (default: all)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 31), help="of the data (default: a new one)")
-    parser.add_argument("--output", help="JSON file to write")
-    arguments = parser.parse_args()
-    arguments.only = arguments.only.split(",")
-    if unknown := set(arguments.only) - set(STAGES):
-        parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(STAGES)}")
-    return arguments
-
-
 def main() -> None:
-    arguments = parse()
+    parser = section_parser("every kernel: time, memory, floor, and what shows that it is right", STAGES)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 31), help="of the data (default: a new one)")
+    arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
     size, repeats = ("quick", 2) if arguments.quick else ("gpu", 9) if device == "cuda" else ("cpu", 9)
     roofline = Roofline.measure(device, arguments.quick)
@@ -177,7 +164,7 @@ def main() -> None:
                 printed, found, reasons = measure(case, Draw(device, arguments.seed), roofline, repeats)
             except FAILURES as error:
                 # The others are still worth a machine's time.
-                printed, found, reasons = [], [], [f"{case.shape}: {type(error).__name__}: {one_line(error)}"]
+                printed, found, reasons = [], [], [f"{case.shape}: {reason_of(error)}"]
             for reason in reasons:
                 facts["failed"].setdefault(stage, []).append(reason)
                 print(f"{stage}, {reason}", flush=True)

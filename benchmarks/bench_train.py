@@ -244,8 +244,9 @@ def step_evidence(form: str, line: dict, facts: dict, flop: float, roofline: Roo
 
 
 def main() -> None:
-    parser = section_parser("optimizer step: time, memory, loss, gradient, technique by technique", ("train", "others"))
-    parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
+    parser = section_parser(
+        "optimizer step: time, memory, loss, gradient, technique by technique", ("train", "others"), sized=True
+    )
     parser.add_argument("--pack-length", type=int, help="ids per pack (default: what the unfused rows have room for)")
     parser.add_argument("--repeats", type=int, help="timed steps of each row (default: 3 of 7b, 5 of tiny)")
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,23 +155,12 @@ def environment() -> dict:
     return found | {"versions": versions()}
 
 
-def parse_arguments(description: str, sections: Collection[str] = ()) -> argparse.Namespace:
-    """The flags of every benchmark: --quick (small, seconds) and --output (a JSON file).
-
-    sections: of a benchmark of random models that has several; adds --size and --only, a list of some of them.
-    """
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The flags of a benchmark without sections: --quick (small, seconds) and --output (a JSON file)."""
     parser = argparse.ArgumentParser(description=description)
-    if sections:
-        parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
-        parser.add_argument("--only", default=",".join(sections), help="sections to run, with commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--output", help="JSON file to write")
-    arguments = parser.parse_args()
-    if sections:
-        arguments.only = arguments.only.split(",")
-        if unknown := set(arguments.only) - set(sections):
-            parser.error(f"--only {','.join(sorted(unknown))}: expected {', '.join(sections)}")
-    return arguments
+    return parser.parse_args()
 
 
 def report(name: str, rows: list[dict], output: str | None = None, **facts) -> None:

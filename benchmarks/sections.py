@@ -28,8 +28,13 @@ if triton is not None:
 Section = Callable[[], Iterator[tuple[list[dict], list[dict]]]]
 
 
-def section_parser(description: str, sections: Collection[str], default: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """A parser with --only (some of `sections`, as a list; without it `default`, or all), --quick and --output."""
+def section_parser(
+    description: str, sections: Collection[str], default: Sequence[str] = (), sized: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with --only (some of `sections`, as a list; without it `default`, or all), --quick and --output.
+
+    sized: of a benchmark of random models; adds --size.
+    """
 
     def chosen(text: str) -> list[str]:
         names = text.split(",")
@@ -41,6 +46,8 @@ def section_parser(description: str, sections: Collection[str], default: Sequenc
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = f"sections to run, with commas, some of {', '.join(sections)} (default: {','.join(default)})"
     parser.add_argument("--only", type=chosen, default=default, help=words)
+    if sized:
+        parser.add_argument("--size", choices=("tiny", "7b"), help="random model (default: 7b on a GPU, tiny on a CPU)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--output", help="JSON file to write")
     return parser
@@ -53,10 +60,15 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
+def reason_of(error: BaseException) -> str:
+    """The error on one line, with its type."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 def failure(what: str, error: BaseException) -> str:
     """The error on one line, with its type; where it happened goes to standard error. Call it while it is handled."""
     traceback.print_exc()
-    reason = f"{type(error).__name__}: {one_line(error)}"
+    reason = reason_of(error)
     print(f"{what} failed: {reason}", flush=True)
     return reason
 

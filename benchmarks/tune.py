@@ -29,10 +29,10 @@ import torch
 from benchmarks.bench_kernels import STAGES, seconds
 from benchmarks.cases.case import Case, Draw, Work
 from benchmarks.harness import Roofline, environment, report
-from benchmarks.sections import FAILURES, forget
+from benchmarks.sections import FAILURES, forget, reason_of
 from medmax_fast.kernels.blocks import blocks, override
 from medmax_fast.kernels.launch import INTERPRETED
-from medmax_fast.runtime import one_line, write_json
+from medmax_fast.runtime import write_json
 
 CURRENT = "current"
 # Less is noise, and so is a loss of less on one shape.
@@ -130,7 +130,7 @@ def measure(
         except FAILURES as error:
             if name == CURRENT:
                 raise
-            left_out[name] = f"{case.shape}: {type(error).__name__}: {one_line(error)}"
+            left_out[name] = f"{case.shape}: {reason_of(error)}"
             continue
         right[name] = (form, quality)
     timed = Work({name: form for name, (form, _) in right.items()}, CURRENT, work.judge)
@@ -209,7 +209,7 @@ def main() -> None:
                     candidates = [name for name in candidates if name not in left_out]
         except FAILURES as error:
             # The others are still worth a machine's time.
-            facts["failed"][op] = f"{type(error).__name__}: {error}"
+            facts["failed"][op] = reason_of(error)
             print(f"{op}: {facts['failed'][op]}", flush=True)
             continue
         rows += found

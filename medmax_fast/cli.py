@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_result(left.result)
         log(f"medmax {name}: {left}")
         return 3
-    except KeyboardInterrupt:
-        log(f"medmax {name}: interrupted; what was finished is kept, the same command continues")
+    except KeyboardInterrupt as stop:
+        log(f"medmax {name}: interrupted; {str(stop) or 'what was finished is kept, the same command continues'}")
         return 130
     if int(os.environ.get("RANK", 0)) == 0:
         print_result(result)

@@ -204,13 +204,16 @@ def test_an_interruption_keeps_what_is_finished(checkout, tmp_path, request_to_e
         command._suite = lambda config: "gpu"
         sys.exit(main(["bench", "--output", sys.argv[1]]))
     """
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=checkout)
+    command_line = [sys.executable, "-c", code, str(tmp_path / "out")]
+    process = subprocess.Popen(command_line, cwd=checkout, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
     while not (checkout / "slow-began").exists():
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.1)
     process.send_signal(request_to_end)
-    assert process.wait(30) == 130
+    complaint = process.communicate(timeout=30)[1].splitlines()[-1]
+    assert process.returncode == 130
+    assert complaint == f"medmax bench: interrupted; what was finished is kept in {tmp_path / 'out'}"
     kept = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert status_of(kept) == {"three": "done", "one": "interrupted", "slow": "interrupted", "two": "interrupted"}
     assert [row["stage"] for row in kept["rows"]] == ["three"]

@@ -174,7 +174,7 @@ def compile_all(capabilities: Collection[int], cases: Collection[str] = ()) -> d
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
         # The same triton as here, with an empty cache, so that it really runs.
-        path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+        path = filter(None, (os.environ.get("PYTHONPATH"), str(ROOT)))
         environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": cache}
         runs = {
             capability: subprocess.Popen(

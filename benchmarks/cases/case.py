@@ -1,6 +1,6 @@
 """A kernel on one shape, in every form: what bench_kernels times, a tuner runs and the roofline counts.
 
-The cases are in the *_kernel_cases modules, and `bench_kernels.STAGES` has them by kernel. A case is sizes alone, until
+The cases are in the modules beside this one, `bench_kernels.STAGES` has them by kernel. A case is sizes alone, until
 `make` draws its tensors:
 
     case = STAGES["vq"]("gpu")[0]                     # of case.moved bytes and case.flop

@@ -6,7 +6,6 @@ values each, logits of the whole vocabulary for every id, then masks and top-p b
 before the last.
 """
 
-import gc
 from collections.abc import Callable
 from contextlib import closing
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.sections import forget
 from medmax_fast.generate import grammar
 from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.pages import PAGE, pages_of
@@ -62,8 +62,7 @@ class Models:
     def engine(self, sequences: int, length: int, decoder: Decoder | None = None) -> Engine:
         """An engine whose cache has room for so many sequences of a length, and for nothing else."""
         # What is left of the one before it.
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget()
         return Engine(decoder or self.decoder, self.encoder, sequences * pages_of(length) * PAGE)
 
 

@@ -38,12 +38,17 @@ def bench(config: BenchConfig) -> dict:
         folder = Path(config.output or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(root, suite, config.dry, folder, bool(config.output), deadline)
-        for _, group in itertools.groupby(stages, key=lambda stage: stage.module):
-            _run(run, list(group))
-        # The tests marked gpu that guard no stage come last.
-        if suite == "gpu" and not config.stages:
-            run.test(_other_tests(run), guards=False)
-            run.save()
+        try:
+            for _, group in itertools.groupby(stages, key=lambda stage: stage.module):
+                _run(run, list(group))
+            # The tests marked gpu that guard no stage come last.
+            if suite == "gpu" and not config.stages:
+                run.test(_other_tests(run), guards=False)
+                run.save()
+        except KeyboardInterrupt:
+            # Unlike other commands, none goes on in a folder that holds a run.
+            kept = f"what was finished is kept in {folder}" if config.output else "without --output nothing is kept"
+            raise KeyboardInterrupt(kept) from None
     return _summary(run, config)
 
 
