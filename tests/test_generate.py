@@ -180,12 +180,12 @@ def test_two_equal_unconditioned_streams_are_one_with_equal_logits(golden, cases
     engine = fresh_engine(golden)
     prompt = [0, 8800, 8801, 8710, 8197]
     assert grammar.guides(prompt, 3.0, 1.2, engine.layout) == [[0, 8197]]
-    states = []
+    states, session = [], engine.session(1, pieces=False)
     for ids in ([0, 8197], grammar.images_only(prompt, engine.layout)):
         stream = engine.room.open(ids, len(ids) + 1)
-        engine._place([replaced(stream, 0)])
+        session._place([replaced(stream, 0)])
         engine.steps.decode([stream.slot])
-        engine._place([replaced(stream, 1)])
+        session._place([replaced(stream, 1)])
         engine.steps.decode([stream.slot])
         states.append(engine.steps.slots.hidden_SC[stream.slot] @ engine.decoder.head.T)
     assert torch.equal(*states)
@@ -211,7 +211,7 @@ def test_a_dropped_stream_changes_nothing(golden, monkeypatch):
     def all_three(ids, text_scale, image_scale, layout):
         return [grammar.images_only(ids, layout), [layout.bos, layout.boi]]
 
-    monkeypatch.setattr("medmax_fast.generate.engine.grammar.guides", all_three)
+    monkeypatch.setattr("medmax_fast.generate.session.grammar.guides", all_three)
     whole = fresh_engine(golden)
     assert [result.token_ids for result in whole.generate(requests)] == lean
     assert whole.room.prompt_ids > fewer.room.prompt_ids

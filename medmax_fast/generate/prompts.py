@@ -1,5 +1,6 @@
 """From a request to the ids that are fed: bos, text and images in order, eot, and boi where a picture is due."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -69,6 +70,10 @@ class PromptEncoder:
             answers = shared[0]
         return answers
 
+    def remember(self, file: bytes, codes: np.ndarray) -> None:
+        """Take an image file of exactly these bytes for these codes [1024], as of a picture that was drawn from them."""
+        self._codes[hashlib.sha256(file).hexdigest()] = codes.astype(np.uint16)
+
     def _encode(self, request: Request, codes: dict[str, np.ndarray | InputError]) -> list[int] | InputError:
         layout = self.tokenizer.layout
         try:
@@ -113,9 +118,12 @@ class PromptEncoder:
                 if isinstance(found, InputError):
                     raise found
                 ids += self.tokenizer.layout.image_span(found).tolist()
+            elif kind == "eot":
+                ids.append(self.tokenizer.layout.eot)
             else:
                 raise InputError(
-                    f'content piece {piece!r}, expected {{"type": "text", "text"}} or {{"type": "image", "path"}}'
+                    f'content piece {piece!r}, expected {{"type": "text", "text"}}, {{"type": "image", "path"}} '
+                    'or {"type": "eot"}'
                 )
         if not ids:
             raise InputError("an empty prompt")

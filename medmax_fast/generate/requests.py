@@ -13,7 +13,8 @@ from medmax_fast.runtime import InputError
 class Request:
     """One prompt and how to continue it; the defaults are the published ones.
 
-    content: pieces {"type": "text", "text": str} and {"type": "image", "path": str}; or token_ids, fed as they are.
+    content: pieces {"type": "text", "text": str}, {"type": "image", "path": str} and, between the turns of a
+    conversation, {"type": "eot"}; or token_ids, fed as they are.
     mode: "text", "image" (exactly one picture; boi is appended unless there) or "any" (interleaved).
     max_new_tokens: text ids per stretch of text; max_length: prompt and output together. A temperature of 0 takes the
     likeliest id, as `greedy` does for text and pictures. Random numbers come from (seed, id) and the position alone.
