@@ -2,25 +2,35 @@
 
 import itertools
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from medmax_fast.config import DecodeConfig
-from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, read_codes
+from medmax_fast.data.codes import PATH_COLUMN, code_files, codes_fingerprint, originals, read_codes
+from medmax_fast.data.images import ImageError, load_image
+from medmax_fast.figures import reconstruction_grid
+from medmax_fast.files import atomic_path, open_output
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import InputError, atomic_path, open_output, pick_device, progress, require_at_least
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError, kept, pick_device, require_at_least
 
-_INDEX_FILE = "index.jsonl"
+_INDEX_FILE, _GRID_FILE = "index.jsonl", "reconstructions.png"
+# Pictures of the grid.
+_SHOWN = 8
 # File systems take 255 bytes; room is left for a number, the suffix and the temporary name.
 _STEM_BYTES = 200
 
 
 def decode_images(config: DecodeConfig) -> dict:
-    """Run `medmax decode`: one PNG per row of a code table, and index.jsonl with img_path, file and row of each."""
+    """Run `medmax decode`: one PNG per row of a code table, and index.jsonl with img_path, file and row of each.
+
+    reconstructions.png has the first of them beside their originals, if these are still where the table says.
+    """
     start = time.monotonic()
     require_at_least(config, 1, "batch_size")
     files = code_files(config.input)
@@ -34,16 +44,42 @@ def decode_images(config: DecodeConfig) -> dict:
     output = open_output(config.output, "decode", settings)
     names = picture_names(paths)
     rows = (codes for file in files for _, batch in read_codes(file, num_codes) for codes in batch)
+    done = before = sum((output / name).exists() for name in names)
     missing = ((name, codes) for name, codes in zip(names, rows, strict=True) if not (output / name).exists())
-    drawn = 0
-    for name, pixels in progress(_draw(missing, tokenizer, config.batch_size), "decode (pictures)"):
-        write_png(output / name, pixels)
-        drawn += 1
+    with (
+        kept(lambda: f"{done} of {len(names)} pictures are kept in {output}"),
+        Progress("decode (pictures)", len(names), before) as bar,
+    ):
+        for name, pixels in _draw(missing, tokenizer, config.batch_size):
+            write_png(output / name, pixels)
+            done += 1
+            bar.update(done)
     with atomic_path(output / _INDEX_FILE) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row, (path, name) in enumerate(zip(paths, names, strict=True)):
             file.write(json.dumps({PATH_COLUMN: path, "file": name, "row": row}) + "\n")
+    grid = _draw_grid(output, config.input, paths[:_SHOWN], names[:_SHOWN])
     seconds = round(time.monotonic() - start, 3)
-    return {"output": str(output), "pictures": len(names), "drawn_now": drawn, "seconds": seconds}
+    counts = {"pictures": len(names), "drawn_now": done - before, "seconds": seconds}
+    return {"output": str(output), "reconstructions": grid and str(grid), **counts}
+
+
+def _draw_grid(output: Path, source: str, paths: Sequence[str], names: Sequence[str]) -> Path | None:
+    """Originals beside what was drawn; None if there is no original to be read."""
+    from PIL import Image
+
+    base, choices = originals(source)
+    found = []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            original = load_image(os.path.join(base, path), **choices)
+        except ImageError:
+            continue
+        with Image.open(output / name) as picture:
+            found.append((original, np.asarray(picture), Path(path).name))
+    if not found:
+        return None
+    shown, drawn, titles = zip(*found, strict=True)
+    return reconstruction_grid(shown, drawn, titles, output / _GRID_FILE)
 
 
 def _draw(rows: Iterable[tuple[str, np.ndarray]], tokenizer: ImageTokenizer, batch_size: int) -> Iterator[tuple]:
@@ -55,7 +91,7 @@ def _draw(rows: Iterable[tuple[str, np.ndarray]], tokenizer: ImageTokenizer, bat
 
 def picture_names(paths: Iterable[str]) -> list[str]:
     """A PNG name per image path: its stem, with -1, -2, .. after it where that is taken (letter case ignored)."""
-    used: set[str] = set()
+    used = {Path(_GRID_FILE).stem}
     names = []
     for path in paths:
         stem = Path(path).stem.encode()[:_STEM_BYTES].decode(errors="ignore") or "image"

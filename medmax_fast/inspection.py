@@ -1,13 +1,16 @@
 """`medmax inspect`: what a token store or a checkpoint holds, and what is wrong with it."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from medmax_fast import figures
 from medmax_fast.config import InspectConfig
 from medmax_fast.data.store import MANIFEST_FILE, TokenStore
-from medmax_fast.data.summary import check_rows, store_summary, suspicious_rows
-from medmax_fast.runtime import InputError, atomic_path
+from medmax_fast.data.summary import RowChecks, check_rows, store_summary, suspicious_rows
+from medmax_fast.files import atomic_path
+from medmax_fast.runtime import InputError
 
 # Suspicious rows that are printed; all of them are in suspicious.jsonl.
 SHOWN_ROWS = 20
@@ -24,6 +27,9 @@ def inspect(config: InspectConfig) -> dict:
         if config.output:
             raise InputError(f"--output {config.output}: only for a token store; of a checkpoint nothing is written")
         return describe_checkpoint(config)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {found}, expected the folder of a token store or of a checkpoint")
     raise InputError(
         f"{path}: neither a token store ({MANIFEST_FILE}) nor a checkpoint (config.json, or models/ and tokenizer/)"
     )
@@ -32,14 +38,14 @@ def inspect(config: InspectConfig) -> dict:
 def inspect_store(config: InspectConfig) -> dict:
     """Counts, lengths and packing of a token store, and which of its rows look wrong.
 
-    Draws histogram.png and lists every suspicious row in suspicious.jsonl, in `output` or the store itself; the
-    result names the first of them.
+    Draws histogram.png, packing.png and, if there are images, codes.png, and lists every suspicious row in
+    suspicious.jsonl, in `output` or the store itself; the result names these files, and the first of the rows.
     """
     store, folder = TokenStore(config.path), Path(config.output or config.path)
     checks = check_rows(store)
     summary = store_summary(store, checks=checks)
-    draw_store(summary, folder / "histogram.png")
-    shown = []
+    drawn = {name: str(draw(folder / f"{name}.png")) for name, (_, draw) in store_figures(summary, checks).items()}
+    shown: list[dict] = []
     with atomic_path(folder / "suspicious.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in suspicious_rows(store, checks):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -48,16 +54,29 @@ def inspect_store(config: InspectConfig) -> dict:
     return {
         "store": config.path,
         **summary,
-        "histogram": str(folder / "histogram.png"),
+        **drawn,
         "suspicious": str(folder / "suspicious.jsonl"),
         "first_suspicious": shown,
     }
 
 
-def draw_store(summary: dict, path: Path) -> Path:
-    """The histogram of a store; batches are padded as published, after the cut."""
+def store_figures(summary: dict, checks: RowChecks) -> dict[str, tuple[str, Callable[[Path], Path]]]:
+    """Name -> (caption, what draws it at a path) of a store's figures; of one without images none of its codes.
+
+    Batches are padded as published, after the cut.
+    """
+    lengths, cut = summary["lengths"], summary["published_cut"]
     note = f"{summary['rows']:,} rows, mean {summary['mean_length']:,.0f}, longest {summary['longest']:,} ids"
     fill = {row["capacity"]: row["fill"] for row in summary["packing"]}
     padded = {row["batch"]: 1 - row["padding_cut"] for row in summary["padding"]}
-    lengths = summary["lengths"]
-    return figures.store_overview(lengths["rows"], lengths["edges"], fill, padded, path, note, summary["published_cut"])
+    histogram = partial(figures.token_histogram, lengths["rows"], lengths["edges"], note=note, cut=cut)
+    packing = partial(figures.packing, fill, padded)
+    found: dict[str, tuple[str, Callable[[Path], Path]]] = {
+        "histogram": ("Row lengths", histogram),
+        "packing": ("Packing", packing),
+    }
+    if summary["codes_used"]:
+        note = f"{summary['codes_used']:,} of {summary['codes_known']:,} codes occur, "
+        note += f"perplexity {summary['code_perplexity']:,.0f}"
+        found["codes"] = ("Image codes", partial(figures.code_usage, checks.codes, note=note))
+    return found

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medmax_fast import __version__, figures
 from medmax_fast.bench import table as benchmark
@@ -16,16 +17,19 @@ from medmax_fast.config import ReportConfig
 from medmax_fast.data.rows import read_rows
 from medmax_fast.eval.reporting.browser import EvalRun
 from medmax_fast.eval.reporting.section import evaluation_section
-from medmax_fast.inspection import draw_store
+from medmax_fast.files import atomic_path, open_output, read_json, read_object, read_text, remove
+from medmax_fast.inspection import store_figures
 from medmax_fast.page import html_page, plain, table
 from medmax_fast.pictures import Pictures
-from medmax_fast.runtime import InputError, atomic_path, open_output, read_json, remove
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError
 
 # kind -> the files by which a folder of it is recognised; the order is that of the sections.
 KINDS = {
     "notes": ("notes.md",),
     "evaluation": ("results.json", "samples.jsonl"),
     "generation": ("outputs.jsonl",),
+    "decoding": ("reconstructions.png", "index.jsonl"),
     "training": ("metrics.jsonl",),
     "store": ("manifest.json", "ids.bin"),
     "benchmark": ("benchmark.json",),
@@ -33,7 +37,7 @@ KINDS = {
 # Prompts shown per report; all of them stay in outputs.jsonl.
 SHOWN_PROMPTS = 40
 # Figures of a store's summary that the report shows, a table each.
-COUNTED = ("rows", "ids", "supervised", "images", "longest", "mean_length")
+COUNTED = ("rows", "ids", "supervised", "images", "longest", "mean_length", "codes_used", "code_perplexity")
 CHECKED = ("suspicious_rows", "rows_without_eot", "rows_unbalanced", "rows_with_odd_images", "rows_cut_as_published")
 
 
@@ -44,7 +48,7 @@ class Run:
     name: str
     kind: str
     path: Path
-    data: object
+    data: Any
 
 
 def report(config: ReportConfig) -> dict:
@@ -82,7 +86,8 @@ def load_runs(paths: tuple[str, ...]) -> list[Run]:
         found += [(kind, path, path / KINDS[kind][0]) for kind in kinds]
     names = _names([(kind, path) for kind, path, _ in found])
     return [
-        Run(name, kind, path, _read(kind, path, file)) for name, (kind, path, file) in zip(names, found, strict=True)
+        Run(name, kind, path, _read(kind, path, file))
+        for name, (kind, path, file) in progress(list(zip(names, found, strict=True)), "report (runs)")
     ]
 
 
@@ -99,12 +104,16 @@ def _names(runs: list[tuple[str, Path]]) -> list[str]:
 
 def _read(kind: str, path: Path, file: Path):
     if kind == "notes":
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
+    if kind == "decoding":
+        return file
     if kind == "store":
         from medmax_fast.data.store import TokenStore
-        from medmax_fast.data.summary import store_summary
+        from medmax_fast.data.summary import check_rows, store_summary
 
-        return store_summary(TokenStore(path))
+        store = TokenStore(path)
+        checks = check_rows(store)
+        return store_summary(store, checks=checks), checks
     if kind == "benchmark":
         result = read_json(file)
         if wrong := benchmark.problem(result):
@@ -147,9 +156,12 @@ def _sections(runs: list[Run], pictures: Pictures) -> Iterator[str]:
         elif kind == "training":
             yield "## Training"
             yield from (_training(run, pictures) for run in group)
+        elif kind == "decoding":
+            yield "## Reconstructions"
+            yield from (pictures.adopt(f"![Pictures of {plain(run.name)}]({run.data.name})", run.path) for run in group)
         elif kind == "benchmark":
             yield "## Benchmarks"
-            yield from (benchmark.markdown(run.data) for run in group)
+            yield from (_benchmark(run, pictures) for run in group)
         else:
             yield "## Data"
             yield from (_store(run, pictures) for run in group)
@@ -187,15 +199,22 @@ def _validation(row: dict) -> str:
     return f"Validation after step {row['step']}:\n\n{table(cells)}"
 
 
+def _benchmark(run: Run, pictures: Pictures) -> str:
+    text = benchmark.markdown(run.data)
+    rows = benchmark.measured(run.data)
+    return f"{text}\n\n{pictures.draw(f'Roofline of {run.name}', figures.roofline, rows)}" if rows else text
+
+
 def _store(run: Run, pictures: Pictures) -> str:
-    summary = run.data
+    summary, checks = run.data
     parts = [f"### {plain(run.name)}"]
     for names in (COUNTED, CHECKED):
         parts.append(table([{name: f"{summary[name]:,.6g}" for name in names}]))
     for name in ("tasks", "sources", "padding"):
         if summary[name]:
             parts.append(table([{key: _cell(value) for key, value in row.items()} for row in summary[name]]))
-    parts.append(pictures.draw(f"Row lengths and packing of {run.name}", draw_store, summary))
+    for caption, draw in store_figures(summary, checks).values():
+        parts.append(pictures.draw(f"{caption} of {run.name}", draw))
     return "\n\n".join(parts)
 
 
@@ -228,7 +247,7 @@ def _generation(runs: list[Run], pictures: Pictures) -> str:
 def _prompts(folder: Path) -> dict[str, tuple[dict, Path]]:
     """Prompt lines by id with the folder that their paths are relative to; none where the file has gone."""
     settings = folder / "settings.json"
-    given = read_json(settings).get("settings", {}).get("prompts") if settings.is_file() else None
+    given = read_object(settings).get("settings", {}).get("prompts") if settings.is_file() else None
     if not given or not Path(given).is_file():
         return {}
     return {str(row.get("id")): (row, Path(given).parent) for row in _jsonl(Path(given))}

@@ -1,4 +1,4 @@
-"""The report of runs of every kind, the page made from Markdown, the figures, and `medmax inspect`."""
+"""The report of runs of every kind, the page made from Markdown, and `medmax inspect`."""
 
 import base64
 import io
@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medmax_fast import figures
 from medmax_fast.config import InspectConfig, ReportConfig
 from medmax_fast.eval.published import INTERLEAVED, PUBLISHED, SIMILARITY, URL, VISUAL_CHAT
 from medmax_fast.eval.reporting.section import figures_of
-from medmax_fast.eval.statistics import compare_runs, holm, wilson
+from medmax_fast.eval.statistics import compare_runs, holm
 from medmax_fast.inspection import inspect, inspect_store
 from medmax_fast.page import html_page, plain, table
 from medmax_fast.report import load_runs, report
@@ -754,104 +753,3 @@ def test_plain_text_survives_markdown(text):
         "th",
         "td",
     }
-
-
-def test_figures_are_readable_in_greyscale(tmp_path):
-    """The series differ in lightness, and in style or hatch besides."""
-    grey = [Image.new("RGB", (1, 1), color).convert("L").getpixel((0, 0)) for color, *_ in figures.SERIES]
-    assert min(abs(a - b) for i, a in enumerate(grey[:3]) for b in grey[:i]) > 40
-    for k in (1, 2, 3):
-        assert len({series[k] for series in figures.SERIES}) == len(figures.SERIES)
-
-
-@pytest.mark.parametrize("count", [20, figures.MOST_POINTS, figures.MOST_POINTS + 1, 5000])
-def test_loss_curve_shows_every_series(tmp_path, monkeypatch, count):
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figure)
-    rng = np.random.default_rng()
-    losses = rng.random((count, 3)) + 1
-    names = ("loss", "text_loss", "image_loss")
-    metrics = [{"step": k + 1, **dict(zip(names, row.tolist(), strict=True))} for k, row in enumerate(losses)]
-    for row in metrics[1::3]:
-        row["image_loss"] = None
-    validation = [{"step": 0, "loss": 2.0, "text_loss": 1.0}, {"step": count, "loss": 1.5}, {"step": 7, "loss": None}]
-    (axes,) = figures.loss_curve(metrics, tmp_path / "loss.png", validation).axes
-    labels = ["all targets", "text targets", "image targets", "validation"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
-    drawn = {line.get_label(): line for line in axes.get_lines()}
-    raw = [line for line in axes.get_lines() if line.get_label() not in labels]
-    assert drawn["validation"].get_xydata().tolist() == [[0, 2.0], [count, 1.5]]
-    assert drawn["validation"].get_marker() != "None" and drawn["validation"].get_markevery() is None
-    long = count > figures.MOST_POINTS
-    assert len(raw) == (3 if long else 0)
-    for k, name in enumerate(names):
-        steps, values = zip(*[(row["step"], row[name]) for row in metrics if row[name] is not None], strict=True)
-        line = drawn[labels[k]]
-        assert line.get_xdata().tolist() == list(steps)
-        if long:
-            assert raw[k].get_xydata().tolist() == np.stack([steps, values], 1).tolist()
-            assert raw[k].get_alpha() < 0.5 and line.get_alpha() is None
-            assert np.std(line.get_ydata()) < np.std(values) / 2
-        else:
-            assert line.get_ydata().tolist() == list(values)
-    assert ("running mean" in axes.get_title()) == long
-
-
-@pytest.mark.parametrize(("count", "window"), [(1, 1), (1, 5), (4, 9), (40, 1), (40, 7), (700, 15)])
-def test_running_mean(count, window):
-    values = np.random.default_rng().normal(size=count)
-    half = window // 2
-    expected = [np.mean(values[max(k - half, 0) : k + half + 1]) for k in range(count)]
-    np.testing.assert_allclose(figures.running_mean(values.tolist(), window), expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("draw", [figures.evaluation_bars, figures.accuracy_dots])
-def test_runs_intervals_and_published_values_are_all_drawn(draw, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figure)
-    rng = np.random.default_rng()
-    tasks = list(PUBLISHED["MedMax-7B"]["tasks"])[: int(rng.integers(2, 13))]
-    runs = {f"run {k}": {task: tuple(np.sort(rng.random(3))[[1, 0, 2]]) for task in tasks[k:]} for k in range(2)}
-    drawn = draw(runs, tmp_path / "x.png", {"name": "MedMax-7B", "tasks": PUBLISHED["MedMax-7B"]["tasks"]})
-    across = 1 if draw is figures.evaluation_bars else 0
-    labels = [text.get_text() for text in drawn.legends[0].get_texts()]
-    assert labels == ["run 0", "run 1", "MedMax-7B (published)"]
-    lines = [line for axes in drawn.axes for line in axes.get_lines() if line.get_label() == labels[2]]
-    theirs = sorted(value for line in lines for value in line.get_xydata()[:, across])
-    assert theirs == sorted(PUBLISHED["MedMax-7B"]["tasks"][task] for task in tasks)
-    assert all(line.get_marker() == "D" and line.get_mfc() in ("white", "none") for line in lines)
-    # The ends of every interval, as the error bars' segments.
-    segments = [s for axes in drawn.axes for c in axes.collections for s in c.get_segments()]
-    # Those of bars are drawn twice, white and black.
-    ends = sorted({tuple(sorted(segment[:, across])) for segment in segments})
-    expected = sorted((100 * low, 100 * high) for run in runs.values() for _, low, high in run.values())
-    np.testing.assert_allclose(ends, expected, rtol=0, atol=1e-9)
-
-
-def test_every_figure_draws(tmp_path):
-    metrics = [{"step": 1, "loss": 2.0, "text_loss": None, "image_loss": 1.0}, {"step": 2, "loss": 1.0}]
-    bars = {"a": {"slake_closed": (0.5, *wilson(5, 10))}, "b": {"pmc_vqa_mcq": (1.0, *wilson(10, 10))}}
-    published = {"name": "MedMax-7B", "tasks": PUBLISHED["MedMax-7B"]["tasks"]}
-    picture = np.zeros((8, 8, 3), np.uint8)
-    many = {
-        f"run {k}": {task: (0.1 * k, 0.0, None if k == 3 else 0.9) for task in PUBLISHED["GPT-4o"]["tasks"]}
-        for k in range(6)
-    }
-    drawn = [
-        figures.loss_curve(metrics, tmp_path / "loss.png"),
-        figures.loss_curve(metrics, tmp_path / "validated.png", [{"step": 2, "loss": 1.5, "text_loss": None}]),
-        figures.loss_curve(metrics * 400, tmp_path / "long.png"),
-        figures.store_overview([3, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {8: 0.6}, tmp_path / "store.png", cut=25),
-        figures.store_overview([999, 0, 1], [0, 10, 20, 30], {2048: 0.9}, {}, tmp_path / "skewed.png", "note"),
-        figures.store_overview([0], [0, 1], {2048: 0.0}, {8: 1.0}, tmp_path / "empty.png"),
-        figures.evaluation_bars(bars, tmp_path / "bars.png", published),
-        figures.evaluation_bars(bars, tmp_path / "ours.png"),
-        figures.evaluation_bars(many, tmp_path / "many.png", published),
-        figures.accuracy_dots(bars, tmp_path / "dots.png", published),
-        figures.accuracy_dots(many, tmp_path / "many_dots.png"),
-        figures.similarity_dots({"a": {"image_captioning_quilt": (-0.1, -0.2, 0.3)}}, tmp_path / "cosines.png"),
-        figures.relative_dots({"a": {"visual_chat_conversation": (1.1, None, None)}}, tmp_path / "relative.png"),
-        figures.picture_grid([[picture, None]], ["before", "after"], tmp_path / "grid.png", ["one"]),
-    ]
-    for path in drawn:
-        pixels = np.asarray(Image.open(path).convert("L"))
-        assert pixels.shape[1] > 300 and (pixels < 250).mean() > 0.01, path
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in drawn)

@@ -16,7 +16,8 @@ from medmax_fast.bench.run import RESULT, Run
 from medmax_fast.bench.stages import SUITES, Stage
 from medmax_fast.bench.table import cells, results_name
 from medmax_fast.config import BenchConfig
-from medmax_fast.runtime import Incomplete, InputError, log, print_table
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import Incomplete, InputError, info, print_table
 
 
 def bench(config: BenchConfig) -> dict:
@@ -39,8 +40,10 @@ def bench(config: BenchConfig) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(root, suite, config.dry, folder, bool(config.output), deadline)
         try:
-            for _, group in itertools.groupby(stages, key=lambda stage: stage.module):
-                _run(run, list(group))
+            with Progress("bench (stages)", len(stages)) as bar:
+                for _, group in itertools.groupby(stages, key=lambda stage: stage.module):
+                    _run(run, list(group))
+                    bar.update(len(run.stages))
             # The tests marked gpu that guard no stage come last.
             if suite == "gpu" and not config.stages:
                 run.test(_other_tests(run), guards=False)
@@ -109,7 +112,7 @@ def _summary(run: Run, config: BenchConfig) -> dict:
     unfinished = [f"{stage['stage']} ({stage['status']})" for stage in run.stages if stage["status"] != "done"]
     red = [name for names in run.red.values() for name in names]
     if config.output and run.rows and not run.dry:
-        log(f"to keep it: cp {Path(config.output) / RESULT} benchmarks/results/{results_name(result)}")
+        info(f"to keep it: cp {Path(config.output) / RESULT} benchmarks/results/{results_name(result)}")
     result["printed"] = ("rows", "benchmarks")
     if unfinished or red:
         words = [f"{len(unfinished)} of {len(run.stages)} stages not done: {', '.join(unfinished)}"] * bool(unfinished)

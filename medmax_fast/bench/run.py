@@ -18,10 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from medmax_fast.bench.stages import Stage
-from medmax_fast.bench.table import markdown, rows_problem
-from medmax_fast.runtime import atomic_path, log, one_line, read_json, write_json
+from medmax_fast.bench.table import markdown, measured, rows_problem
+from medmax_fast.figures import roofline
+from medmax_fast.files import atomic_path, read_json, write_json
+from medmax_fast.runtime import info, log, one_line
 
-RESULT, TABLE, LOG = "benchmark.json", "table.md", "log.txt"
+RESULT, TABLE, ROOFLINE, LOG = "benchmark.json", "table.md", "roofline.png", "log.txt"
 # Seconds below which nothing more is begun.
 SHORTEST = 5.0
 # Test processes on one GPU, each with half a gigabyte of it and a core on which it compiles kernels; and for a module.
@@ -77,18 +79,21 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write result and table, if they are kept."""
+        """Write result, table and figure, if they are kept."""
         if not self.keep:
             return
         result = self.result()
         write_json(self.folder / RESULT, result)
         with atomic_path(self.folder / TABLE) as temporary:
             temporary.write_text(markdown(result) + "\n", encoding="utf-8")
+        if rows := measured(result):
+            roofline(rows, self.folder / ROOFLINE)
 
     def end(self, stage: str, status: str, reason: str = "", seconds: float = 0.0) -> None:
         """Note what became of a stage."""
         self.stages.append({"stage": stage, "status": status, "reason": reason, "seconds": seconds})
-        log(f"{stage}: {status}" + f" ({reason})" * bool(reason))
+        say = info if status == "done" else log
+        say(f"{stage}: {status}" + f" ({reason})" * bool(reason))
 
     def test(self, modules: Sequence[str], guards: bool = True) -> None:
         """Run the tests marked gpu of modules that have not run yet; in a dry run they are collected only.
@@ -128,8 +133,9 @@ class Run:
                 red = [f"test_{name}: none of its tests ran"]
             self.passed[name], self.red[name] = passed, red
         reds = [red for name in modules for red in self.red[name]]
-        words = "; ".join(reds) or ("collected" if self.dry else f"{sum(map(self.passed.get, modules))} green")
-        log(f"tests of {', '.join(modules)}: {words} ({time.monotonic() - began:.0f} s)")
+        words = "; ".join(reds) or ("collected" if self.dry else f"{sum(self.passed[name] for name in modules)} green")
+        say = log if reds else info
+        say(f"tests of {', '.join(modules)}: {words} ({time.monotonic() - began:.0f} s)")
 
     def measure(self, stages: Sequence[Stage]) -> None:
         """Run stages of one module together, those whose tests are red left out."""

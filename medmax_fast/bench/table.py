@@ -90,6 +90,11 @@ def markdown(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def measured(result: dict) -> list[dict]:
+    """The rows that have a share of the roofline; none of a dry run, whose times mean nothing."""
+    return [row for row in result["rows"] if row["share"] and not result["dry"]]
+
+
 def results_name(result: dict) -> str:
     """The file under which benchmarks/results/ keeps a run: its suite, hardware and month, as gpu_h200_202611.json."""
     environment = result["environment"]

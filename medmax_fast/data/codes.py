@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.rows import parquet_batches, parquet_rows, read_rows
-from medmax_fast.runtime import InputError, hash_file, read_json
+from medmax_fast.files import hash_file, read_object
+from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES
 
 MANIFEST_FILE = "manifest.json"
@@ -144,6 +145,24 @@ def _absolute(base: str, path: str) -> str:
 _real_folder = functools.lru_cache(maxsize=1 << 16)(os.path.realpath)
 
 
+def perplexity(counts: np.ndarray) -> float:
+    """exp(-sum of p ln p) over the shares p of each code: how many codes, all equally often, would be as varied.
+
+    counts: [K], how often each code occurs; 0.0 if none does.
+    """
+    used = counts[counts > 0].astype(np.float64)
+    shares = used / used.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(used) else 0.0
+
+
+def originals(source: str | Path) -> tuple[str, dict[str, str]]:
+    """(folder that a table's relative paths start from, keywords with which `load_image` sees what was encoded)."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    manifest = _manifest(folder)
+    settings = manifest.get("settings", {})
+    return str(manifest.get("base", folder)), {k: settings[k] for k in ("alpha", "depth16") if k in settings}
+
+
 def codes_fingerprint(source: str | Path) -> str:
     """A hash of the codes' file names, sizes and row counts, for the settings of what is built from them."""
     listing = [(p.name, p.stat().st_size, parquet_rows(p)) for p in code_files(source)]
@@ -152,7 +171,7 @@ def codes_fingerprint(source: str | Path) -> str:
 
 def _manifest(folder: Path) -> dict:
     path = folder / MANIFEST_FILE
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def _verify(files: list[Path], manifest: dict) -> None:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medmax_fast.data.codes import perplexity
 from medmax_fast.data.collate import target_counts
 from medmax_fast.data.packing import plan_epoch
 from medmax_fast.data.store import ROWS_FILE, TokenStore
-from medmax_fast.runtime import InputError, require_file
+from medmax_fast.files import require_file
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES, IdLayout
 
 CAPACITIES = (2048, 4096, 8192, 16384, 32768)
@@ -30,16 +33,22 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class RowChecks:
-    """faults: uint8 [N], bits of NO_EOT, UNBALANCED and ODD_IMAGE per row. images: begin-of-image ids in all rows."""
+    """What a look at every row found.
+
+    faults: uint8 [N], bits of NO_EOT, UNBALANCED and ODD_IMAGE per row. images: begin-of-image ids in all rows.
+    codes: int64 [num_codes], how often each image code occurs.
+    """
 
     faults: np.ndarray
     images: int
+    codes: np.ndarray
 
 
 def store_summary(store: TokenStore, capacities: Sequence[int] = CAPACITIES, checks: RowChecks | None = None) -> dict:
     """Counts and packing of a store, as a dict that JSON can hold.
 
-    rows, ids, supervised (ids that the loss counts), images; longest and mean length; `suspicious_rows`, and of those
+    rows, ids, supervised (ids that the loss counts), images; `codes_used` and `code_perplexity` (see data/codes.py) of
+    the codebook's `codes_known`; longest and mean length; `suspicious_rows`, and of those
     `rows_without_eot`, `rows_unbalanced` (another number of boi than eoi) and `rows_with_odd_images` (a boi that is
     not followed by exactly 1,024 codes and eoi, or codes outside of an image); `rows_cut_as_published` and
     `ids_cut_as_published`, what a cut at `published_cut` ids takes; `tasks` and `sources`: one dict each of name,
@@ -58,6 +67,9 @@ def store_summary(store: TokenStore, capacities: Sequence[int] = CAPACITIES, che
         "ids": int(lengths.sum()),
         "supervised": int(supervised.sum()),
         "images": checks.images,
+        "codes_used": int(np.count_nonzero(checks.codes)),
+        "codes_known": len(checks.codes),
+        "code_perplexity": perplexity(checks.codes),
         "longest": int(lengths.max(initial=0)),
         "mean_length": float(lengths.mean()) if len(store) else 0.0,
         "suspicious_rows": int(np.count_nonzero(checks.faults)),
@@ -96,15 +108,20 @@ def padding(lengths: np.ndarray, batch: int) -> float:
 def check_rows(store: TokenStore) -> RowChecks:
     """Look at every row for what training would not expect."""
     faults, images = np.zeros(len(store), np.uint8), 0
-    offsets = store.offsets
+    layout, offsets = store.layout, store.offsets
+    codes = np.zeros(layout.num_codes, np.int64)
     first = 0
-    while first < len(store):
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK, "right")) - 1)
-        ids = np.asarray(store.ids[offsets[first] : offsets[last]])
-        faults[first:last], found = _check_block(ids, offsets[first : last + 1] - offsets[first], store.layout)
-        images += found
-        first = last
-    return RowChecks(faults, images)
+    with Progress("checking rows", len(store)) as bar:
+        while first < len(store):
+            last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK, "right")) - 1)
+            ids = np.asarray(store.ids[offsets[first] : offsets[last]])
+            faults[first:last], found = _check_block(ids, offsets[first : last + 1] - offsets[first], layout)
+            images += found
+            # Counting all ids is faster than picking the codes out first.
+            codes += np.bincount(ids, minlength=layout.image_end)[layout.image_start : layout.image_end]
+            first = last
+            bar.update(first)
+    return RowChecks(faults, images, codes)
 
 
 def _check_block(ids: np.ndarray, bounds: np.ndarray, layout: IdLayout) -> tuple[np.ndarray, int]:
@@ -185,7 +202,9 @@ def _row_tables(store: TokenStore, columns: Sequence[str]) -> Iterator:
 
 def _per_name(store: TokenStore, lengths: np.ndarray, supervised: np.ndarray) -> dict[str, list[dict]]:
     """`tasks` and `sources`: rows, ids and supervised ids of each name, in order of the names."""
-    totals = {"task": defaultdict(lambda: np.zeros(3, np.int64)), "source": defaultdict(lambda: np.zeros(3, np.int64))}
+    totals: dict[str, dict[str, np.ndarray]] = {
+        kind: defaultdict(lambda: np.zeros(3, np.int64)) for kind in ("task", "source")
+    }
     first = 0
     for table in _row_tables(store, tuple(totals)):
         rows = slice(first, first + table.num_rows)
