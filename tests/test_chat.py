@@ -620,9 +620,25 @@ def test_backend_answers(tmp_path):
     url = first["messages"][0]["content"][0]["image_url"]["url"]
     assert sent(url)[2] == (tmp_path / "a.png").read_bytes()
     assert {body["max_tokens"] for body in bodies} == {1, NEW_TOKENS} and NEW_TOKENS == 1024
+    wishes = {str(body["messages"][0]["content"]): body.get("modalities") for body in bodies}
+    assert wishes["draw"] == wishes["down"] == ["text", "image"] and wishes["one two"] is None
     facts = backend.facts()
     assert backend.draws is None and facts["kind"] == "openai" and facts["url"] == [server.url]
     assert "see dropped" in facts["decoding"] and facts["usage"]["calls"] == 7
+
+
+def test_a_server_that_does_not_know_the_wish_for_pictures_is_asked_without():
+    def answer(body):
+        if "modalities" in body:
+            return 400, {"error": {"message": "Unknown parameter: 'modalities'.", "param": "modalities"}}
+        return echo(body)
+
+    asks = [Ask(f"{mode} {i}", [{"type": "text", "text": "x"}], mode) for mode in ("image", "any") for i in range(2)]
+    with serve(answer) as server:
+        backend = OpenAIBackend(client_of(server.url), 1)
+        assert [answer.text for answer in backend.answer(asks, 3, quiet)] == ["answer to x"] * 4
+    assert [request["body"].get("modalities") for request in server.requests] == [["image"], None, None, None, None]
+    assert backend.facts()["dropped"] == ["modalities"]
 
 
 def test_unreliable_server_gives_the_same_answers(tmp_path):

@@ -50,11 +50,11 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM"
 
 
-def decode_dicom(data: bytes) -> np.ndarray:
+def decode_dicom(data: bytes, max_pixels: int | None = None) -> np.ndarray:
     """The first frame of a DICOM file as uint8 [H, W, 3].
 
     ValueError with a reason of one line: pydicom is missing, not DICOM, no pixel data, a compression that no
-    installed plugin decodes, more than MAX_PIXELS, a colour space without an RGB form, or damage.
+    installed plugin decodes, more than max_pixels (default: MAX_PIXELS), a colour space without an RGB form, or damage.
     """
     try:
         import pydicom
@@ -64,7 +64,7 @@ def decode_dicom(data: bytes) -> np.ndarray:
     # As in images.py: a library may have told Pillow, which decodes for pydicom, to fill what is missing with grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        return _render(pydicom.dcmread(io.BytesIO(data)))
+        return _render(pydicom.dcmread(io.BytesIO(data)), MAX_PIXELS if max_pixels is None else max_pixels)
     except InvalidDicomError as error:
         raise ValueError("not DICOM, or cut off in its header") from error
     except _Refused as error:
@@ -79,8 +79,8 @@ def _line(error: Exception) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _render(dataset) -> np.ndarray:
-    pixels, interpretation = _first_frame(dataset)
+def _render(dataset, max_pixels: int) -> np.ndarray:
+    pixels, interpretation = _first_frame(dataset, max_pixels)
     if interpretation == "RGB" and pixels.ndim == 3:
         return _eight_bits(dataset, pixels)
     if interpretation == "PALETTE COLOR" and pixels.ndim == 2:
@@ -91,7 +91,7 @@ def _render(dataset) -> np.ndarray:
     return np.repeat((255 - grey if interpretation == "MONOCHROME1" else grey)[:, :, None], 3, axis=2)
 
 
-def _first_frame(dataset) -> tuple[np.ndarray, str]:
+def _first_frame(dataset, max_pixels: int) -> tuple[np.ndarray, str]:
     """(stored values [H, W] or [H, W, 3], photometric interpretation after decoding: YBR has become RGB)."""
     from pydicom.pixels import get_decoder
 
@@ -100,8 +100,8 @@ def _first_frame(dataset) -> tuple[np.ndarray, str]:
     rows, columns = dataset.get("Rows"), dataset.get("Columns")
     if not rows or not columns:
         raise _Refused("DICOM without rows or columns")
-    if rows * columns > MAX_PIXELS:
-        raise _Refused(f"DICOM of {columns} x {rows} pixels, expected at most {MAX_PIXELS}")
+    if rows * columns > max_pixels:
+        raise _Refused(f"DICOM of {columns} x {rows} pixels, expected at most {max_pixels}")
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         decoder = get_decoder(syntax)
@@ -192,7 +192,7 @@ def _voi(dataset, values: np.ndarray, low: float, high: float) -> np.ndarray:
     function = str(group.get("VOILUTFunction") or "LINEAR").upper()
     if center is not None and width is not None and (width >= 1 if function == "LINEAR" else width > 0):
         return window(values, center, width, function)
-    if not math.isfinite((high - low) * 255):
+    if not math.isfinite((float(high) - float(low)) * 255):
         raise _Refused(f"DICOM with pixel values from {low} to {high}")
     return (values - low) * 255 / (high - low) if high > low else np.zeros(values.shape)
 
@@ -229,7 +229,7 @@ def _descriptor(value) -> tuple[int, int, int]:
     """(entries, first value mapped, bits per entry) of a LUT Descriptor (PS3.3 C.11.1.1; 0 entries mean 65,536)."""
     count, first, bits = (int(part) for part in value)
     if not 1 <= bits <= 16:
-        raise _Refused(f"DICOM with a lookup table of {bits} bits, expected 8 to 16")
+        raise _Refused(f"DICOM with a lookup table of {bits} bits, expected 1 to 16")
     # The remainder, because the count is unsigned even where the first value is signed and the type is shared.
     return count % 65536 or 65536, first, bits
 
@@ -240,7 +240,7 @@ def _entries(dataset, value, count: int, bits: int) -> np.ndarray:
         one = bits <= 8 and len(value) < 2 * count
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
         value = np.frombuffer(value[: len(value) // 2 * 2], np.uint8 if one else f"{order}u2")
-    entries = np.atleast_1d(np.asarray(value))[:count]
+    entries = np.atleast_1d(np.asarray([] if value is None else value))[:count]
     if not len(entries):
         raise _Refused("DICOM with an empty lookup table")
     return entries

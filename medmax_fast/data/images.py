@@ -72,6 +72,12 @@ class Picture:
     size: tuple[int, int]
     notes: list[str]
 
+    @property
+    def decoded(self) -> np.ndarray:
+        """The pixels of a picture that was not postponed."""
+        assert self.pixels is not None
+        return self.pixels
+
 
 def load_image(source: str | os.PathLike | BinaryIO, alpha: str = "whiten", depth16: str = "pillow") -> np.ndarray:
     """Preprocessed pixels, uint8 [512, 512, 3], of a file or an open binary stream.
@@ -83,7 +89,7 @@ def load_image(source: str | os.PathLike | BinaryIO, alpha: str = "whiten", dept
         name, data = str(source), read_file(source)
     else:
         name, data = str(getattr(source, "name", "image")), source.read()
-    return fit(decode(data, name, alpha, depth16).pixels)
+    return fit(decode(data, name, alpha, depth16).decoded)
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -117,21 +123,23 @@ def decode(
     packed: bool = False,
     dali: DaliDecoder | None = None,
     postpone: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Picture:
     """Full-size RGB pixels of an image file's bytes; ImageError under `name`.
 
     packed: three bytes a pixel, at the price of a copy; otherwise Pillow's own memory is used where it can be.
     dali: decodes what it knows in Pillow's place. postpone: leave out the pixels of what DALI can be asked for.
+    max_pixels: more are refused before any is decoded.
     """
     assert alpha in ALPHA_MODES and depth16 in DEPTH16_MODES, (alpha, depth16)
     try:
         if is_dicom(data[:256]):
-            pixels = decode_dicom(data)
-            _check_size(name, pixels.shape[1], pixels.shape[0])
+            pixels = decode_dicom(data, max_pixels)
+            _check_size(name, pixels.shape[1], pixels.shape[0], max_pixels)
             return Picture(pixels, pixels.shape[1::-1], [])
-        with _open(data, name) as image:
+        with _open(data, name, max_pixels) as image:
             if (dali or postpone) and admits(image):
-                pixels = None if postpone else dali.decode([data])[0]
+                pixels = dali.decode([data])[0] if dali and not postpone else None
                 if postpone or pixels is not None:
                     return Picture(pixels, image.size, [])
             image.load()
@@ -140,7 +148,7 @@ def decode(
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        raise ImageError(name, _reason(data, error)) from error
+        raise ImageError(name, _reason(data, error, max_pixels)) from error
 
 
 def _view(image: Image.Image) -> np.ndarray:
@@ -167,28 +175,28 @@ def list_images(folder: str | Path) -> list[str]:
     return sorted(names)
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     # A library in the same process may have asked Pillow to fill the missing part of a file with black.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     Image.preinit()
     if any(format not in Image.OPEN for format in FORMATS):
         Image.init()
     image = Image.open(io.BytesIO(data), formats=[format for format in FORMATS if format in Image.OPEN])
-    _check_size(name, *image.size)
+    _check_size(name, *image.size, max_pixels)
     return image
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if min(width, height) < 1 or width * height > MAX_PIXELS:
-        raise ImageError(name, f"{width} x {height} pixels, expected at most {MAX_PIXELS}")
+def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if min(width, height) < 1 or width * height > max_pixels:
+        raise ImageError(name, f"{width} x {height} pixels, expected at most {max_pixels}")
     wide, high = resized_size(width, height)
     if wide * high > MAX_PIXELS:
         raise ImageError(name, f"{width} x {height} pixels would be resized to {wide} x {high}, too thin to use")
 
 
-def _reason(data: bytes, error: BaseException) -> str:
+def _reason(data: bytes, error: BaseException, max_pixels: int) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return f"decompression bomb, expected at most {MAX_PIXELS} pixels"
+        return f"decompression bomb, expected at most {max_pixels} pixels"
     if not data:
         return "empty file"
     if isinstance(error, Image.UnidentifiedImageError):

@@ -2,12 +2,14 @@
 
 A request waits in a line of bounded length, runs among at most `batch_size` others, and can be ended at any moment.
 Pictures are decoded here, on the engine's thread, so that a stream gives pixels: a preview only when its reader has
-taken the one before, so that nobody's previews pile up.
+taken the one before, so that nobody's previews pile up, and only as long as previews take no more than PREVIEW_SHARE of
+the time, for a CPU takes longer over one than over the codes that it shows.
 """
 
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPie
 from medmax_fast.generate.session import Session
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_CODES
+
+# Of the time since a request began to run, what may go into previews of its pictures.
+PREVIEW_SHARE = 0.2
 
 
 class Busy(Exception):
@@ -52,6 +57,8 @@ class Stream:
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         # Of the session that runs it, -1 before.
         self.number = -1
+        # When it began to run, and the seconds that its previews have taken.
+        self.begun = self.previewed = 0.0
         self.cancelled = threading.Event()
         self.ended = False
 
@@ -205,7 +212,7 @@ class Dispatcher:
                 session.cancel(stream.number)
                 self._running.pop(stream.number, None)
             for stream in itertools.islice(self._line, self._batch_size - len(self._running)):
-                stream.number = session.submit(stream.request)
+                stream.number, stream.begun = session.submit(stream.request), time.monotonic()
                 self._running[stream.number] = stream
             self._line = deque(stream for stream in self._line if stream.number < 0)
         for stream in gone:
@@ -228,5 +235,8 @@ class Dispatcher:
             pixels = self._engine.decode_images(event.codes[None])[0]
             stream.put(Drawing(event.id, event.number, 1.0, pixels, event.codes))
         elif stream.previews and stream.idle:
-            share = len(event.codes) / IMAGE_CODES
-            stream.put(Drawing(event.id, event.number, share, self._engine.preview(event.codes), event.codes))
+            start = time.monotonic()
+            if stream.previewed <= PREVIEW_SHARE * (start - stream.begun):
+                share, pixels = len(event.codes) / IMAGE_CODES, self._engine.preview(event.codes)
+                stream.put(Drawing(event.id, event.number, share, pixels, event.codes))
+                stream.previewed += time.monotonic() - start

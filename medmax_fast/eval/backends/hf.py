@@ -82,7 +82,8 @@ class HFBackend:
     @classmethod
     def from_pretrained(cls, model: str, device, dtype) -> "HFBackend":
         """Load a folder or a model of the hub as a torch.dtype onto a torch.device; InputError naming --model."""
-        return cls(*load_model(model, device, dtype), model)
+        loaded, processor, commit = load_model(model, device, dtype)
+        return cls(loaded, processor, commit, model)
 
     def facts(self) -> dict:
         """What results.json says of the model; revision is the hub's commit, null for a folder."""
@@ -137,7 +138,7 @@ class HFBackend:
         """(prompts whose images are good, their inputs or None where the processor refuses, answers of the others)."""
         found = [(prompt, images.of(prompt.ask)) for prompt in images.begin(batch)]
         broken = {prompt.place: Answer(prompt.ask.id, error=error) for prompt, error in found if isinstance(error, str)}
-        good = [_Prompt(prompt.place, prompt.ask, those) for prompt, those in found if prompt.place not in broken]
+        good = [_Prompt(prompt.place, prompt.ask, those) for prompt, those in found if not isinstance(those, str)]
         with contextlib.suppress(*refusals()):
             return good, self._encode(good) if good else None, broken
         # The cause is found, and told, when the batch's turn comes.
@@ -241,7 +242,7 @@ def _read_image(path: str):
     from PIL import Image
 
     try:
-        return Image.fromarray(decode(read_file(path), path, packed=True).pixels)
+        return Image.fromarray(decode(read_file(path), path, packed=True).decoded)
     except ImageError as error:
         return str(error)
 

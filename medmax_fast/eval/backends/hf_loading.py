@@ -9,8 +9,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from medmax_fast.runtime import InputError, bars_on_terminals_only, one_line
+from medmax_fast.progress import bars_on_terminals_only
+from medmax_fast.runtime import InputError, one_line
 
 # What a processor, its template or a model raises on a prompt that it cannot take; torch's shapes are RuntimeErrors.
 REFUSALS = (ValueError, LookupError, ArithmeticError, StopIteration, TypeError, RuntimeError)
@@ -28,7 +30,8 @@ def load_model(name: str, device, dtype) -> tuple:
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise InputError(f"--model {name}: no such folder")
     with _loading(name):
-        commit, options = None, {"trust_remote_code": False}
+        commit = None
+        options: dict[str, Any] = {"trust_remote_code": False}
         if not os.path.isdir(name):
             # All files from one commit, even if the hub moves on meanwhile; the cache has a folder of that name.
             commit = options["revision"] = Path(hf_hub_download(name, "config.json")).parent.name
@@ -67,12 +70,13 @@ def check_processor(processor, name: str) -> None:
     if not processor.chat_template:
         raise InputError(f"--model {name}: its processor has no chat template, expected chat_template.jinja beside it")
     text = {"type": "text", "text": "a probing text"}
+    failures: tuple[type[Exception], ...] = (*refusals(), TypeError)
     try:
         with_image, without = (
             processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             for content in ([{"type": "image"}, text], [text])
         )
-    except (*refusals(), TypeError) as error:
+    except failures as error:
         raise InputError(
             f"--model {name}: its chat template takes no list of images and texts ({one_line(error)})"
         ) from error

@@ -18,6 +18,8 @@ from medmax_fast.eval.servers.chat import ChatClient, ChatError
 
 # Servers scale larger pictures down themselves, to less than this; it bounds what is sent.
 MAX_SIDE = 2048
+# What a server that draws is asked for; text alone is what all give unasked.
+MODALITIES = {"image": ["image"], "any": ["text", "image"]}
 # What every server reads, and the modes in which it does.
 _MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -57,15 +59,16 @@ class OpenAIBackend:
     def _answer(self, ask: Ask) -> Answer:
         try:
             message = {"role": "user", "content": _parts(ask.content)}
-            reply = self.client.ask([message], ask.new_tokens or NEW_TOKENS)
+            wish = {"modalities": MODALITIES[ask.mode]} if ask.mode != "text" else {}
+            reply = self.client.ask([message], ask.new_tokens or NEW_TOKENS, **wish)
         except ImageError as error:
             return Answer(ask.id, error=str(error))
         except ChatError as error:
             return Answer(ask.id, error=str(error), passing=error.passing)
-        content = [{"type": "text", "text": reply.text}] if reply.text else []
+        content: Content = [{"type": "text", "text": reply.text}] if reply.text else []
         try:
             for i, data in enumerate(reply.pictures):
-                pixels = decode(data, f"picture {i} of the reply", packed=True).pixels
+                pixels = decode(data, f"picture {i} of the reply", packed=True).decoded
                 content.append({"type": "image", "pixels": pixels})
         except ImageError as error:
             return Answer(ask.id, content, error=str(error))
@@ -97,7 +100,7 @@ def _mime(data: bytes, picture: Picture) -> str | None:
         with Image.open(io.BytesIO(data), formats=list(_MIME)) as image:
             # Pillow makes 8 bits of 16-bit colour in PNG without a word; its depth is byte 24 of the file.
             deep = image.format == "PNG" and data[24] > 8
-            return _MIME[image.format] if image.mode in _MODES and not deep else None
+            return _MIME[str(image.format)] if image.mode in _MODES and not deep else None
     except UnidentifiedImageError:
         return None
 
@@ -105,7 +108,7 @@ def _mime(data: bytes, picture: Picture) -> str | None:
 def _png(picture: Picture, max_side: int) -> bytes:
     from PIL import Image
 
-    image = Image.fromarray(picture.pixels)
+    image = Image.fromarray(picture.decoded)
     longest = max(image.size)
     if longest > max_side:
         size = [max(1, round(side * max_side / longest)) for side in image.size]

@@ -54,9 +54,11 @@ class Answer:
 
 
 class Backend(Protocol):
-    """A model that answers. draws: whether it can make pictures, None where only trying shows it."""
+    """A model that answers."""
 
-    draws: bool | None
+    @property
+    def draws(self) -> bool | None:
+        """Whether it can make pictures; None where only trying shows it."""
 
     def answer(self, asks: list[Ask], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """One answer for every ask, in any order, at most batch_size at a time; InputError only for what ends the run.

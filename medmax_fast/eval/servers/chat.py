@@ -3,8 +3,8 @@
 Every ask is greedy (temperature 0, seed 0), is tried again while there is hope, and its reply is kept in a file, so a
 run that ends early pays for nothing twice. Failures are of three kinds: those that may be gone the next time (server
 down, rate limit, a proxy's nonsense), those of one request (refused content), and those that end the run (wrong key,
-unknown model, no money left). A server that refuses `max_tokens`, `temperature` or `seed` is asked without it from
-then on, and facts() says so.
+unknown model, no money left). A server that refuses `max_tokens`, `temperature`, `seed` or `modalities` is asked
+without it from then on, and facts() says so.
 
 Keys live in the client's headers only; what a server says is searched for them before it is shown or kept.
 """
@@ -17,6 +17,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -47,7 +48,7 @@ CHECK_SECONDS = 10.0
 # More than any reply with pictures; a server that never stops talking must not fill the memory.
 MAX_BODY = 1 << 28
 # What a server may do without; max_tokens then goes on as max_completion_tokens.
-MAY_GO = ("max_tokens", "temperature", "seed")
+MAY_GO = ("max_tokens", "temperature", "seed", "modalities")
 
 
 class ChatError(Exception):
@@ -201,8 +202,10 @@ class ChatClient:
         with self._lock:
             dropped = set(self._dropped)
         limit = "max_completion_tokens" if "max_tokens" in dropped else "max_tokens"
-        body = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, limit: max_tokens}
-        body = {name: value for name, value in body.items() if name not in dropped} | extra
+        # The wish for pictures, which few servers know, is the one of the extras that may go.
+        kept = extra.keys() - {"modalities"}
+        body = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, limit: max_tokens} | extra
+        body = {name: value for name, value in body.items() if name in kept or name not in dropped}
         status, headers, content = self._post(json.dumps(body).encode())
         if 200 <= status < 300:
             try:
@@ -212,7 +215,7 @@ class ChatClient:
             except NotAReply as error:
                 raise _Failed(self._secrets.line(str(error))) from error
         # Another thread may have dropped it since this request was made, so the request decides.
-        refused = refused_parameter(status, content, [name for name in MAY_GO if name in body and name not in extra])
+        refused = refused_parameter(status, content, [name for name in MAY_GO if name in body and name not in kept])
         if refused:
             if refused not in dropped:
                 log(f"{self.url}: {self.model} does not take {refused}, going on without it")
@@ -258,7 +261,7 @@ class ChatClient:
             place = self._secrets.line(headers.get("location", "nowhere"))
             raise InputError(f"{where}: sends requests on to {place} ({status}), expected the API's own address")
 
-    def _learn(self, model: str, dropped: list[str] = ()) -> list[str]:
+    def _learn(self, model: str, dropped: Sequence[str] = ()) -> list[str]:
         """Note what a reply tells of the server; returns all parameters dropped so far."""
         with self._lock:
             self._reported.add(model)
@@ -311,7 +314,8 @@ def _open(url: str, flag: str, key: str, login: list[str], timeout: float):
     try:
         httpx.URL(url)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.Client(headers=headers, auth=tuple(login) or None, timeout=timeout, limits=limits)
+        auth = (login[0], login[1]) if login else None
+        return httpx.Client(headers=headers, auth=auth, timeout=timeout, limits=limits)
     except httpx.InvalidURL as error:
         raise InputError(f"{flag} {url}: not an address ({error})") from error
     except (ImportError, ValueError) as error:

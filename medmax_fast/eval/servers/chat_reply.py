@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from medmax_fast.runtime import write_json
+from medmax_fast.files import write_json
 
 # Shorter keys are placeholders such as EMPTY, and also words that a model may say.
 KEY_LENGTH = 16
@@ -70,7 +70,8 @@ def parse_reply(content: bytes, clean: Callable[[str], str]) -> Reply:
     try:
         return _parse(json.loads(content), clean)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise NotAReply(f"200, but not a chat completion: {error_of(content)[0]}") from error
+        said = error_of(content)[0] or "an empty body"
+        raise NotAReply(f"200, but not a chat completion: {said}") from error
 
 
 def _parse(body: dict, clean: Callable[[str], str]) -> Reply:
@@ -180,7 +181,7 @@ def kept_tokens(folder: Path) -> Iterator[tuple[str, int, int]]:
     for path in sorted(folder.glob("*/*.json")):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            counts = [_count(stored["reply"][name]) or 0 for name in ("prompt_tokens", "completion_tokens")]
-            yield str(stored["request"]["model"]), *counts
+            prompt, completion = (_count(stored["reply"][name]) or 0 for name in ("prompt_tokens", "completion_tokens"))
+            yield str(stored["request"]["model"]), prompt, completion
         except (OSError, ValueError, LookupError, TypeError):
             continue

@@ -92,7 +92,7 @@ class Meter:
             if prices is None:
                 self._priced = False
             else:
-                self.usd += cost(prompt or 0, completion or 0, prices)
+                self.usd += cost(prompt or 0, completion or 0, prices) or 0.0
         if self.budget and prices and any(prices) and (prompt is None or completion is None):
             raise InputError(f"--budget {self.budget:g}: the server of {model!r} does not report the tokens used")
 
