@@ -46,6 +46,8 @@ class InitConfig:
 class DoctorConfig:
     """Say which accelerated paths are active, and what to install for those that are not."""
 
+    json: bool = option(False, "print the JSON object only")
+
 
 @dataclass(frozen=True)
 class TokenizeConfig:
@@ -113,7 +115,7 @@ class InspectConfig:
     """Describe a token store (lengths, packing, rows that look wrong) or a checkpoint (sizes, parts, checksums)."""
 
     path: str = required("store or checkpoint folder", positional=True)
-    output: str = option("", "of a store: folder for histogram.png and suspicious.jsonl (default: the store itself)")
+    output: str = option("", "of a store: folder for its figures and suspicious.jsonl (default: the store itself)")
 
 
 ROWS = ("none", "image", "all")
@@ -302,13 +304,52 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Answer the OpenAI chat-completions protocol over HTTP, with text and pictures in and out."""
+
+    ckpt: str = required("checkpoint folder")
+    vqgan: str = option("", VQGAN)
+    host: str = option("127.0.0.1", "address to listen on; another one than this is open to the network")
+    port: int = option(8000, "port to listen on (0: any that is free)")
+    name: str = option("", "the model's name for clients (default: that of the checkpoint's folder)")
+    batch_size: int = option(16, "requests answered at a time")
+    waiting: int = option(64, "requests that may wait beside them; more are refused with status 429")
+    max_upload_mb: float = option(20.0, "most MB of an image")
+    max_pixels: float = option(50.0, "most millions of pixels of an image")
+    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
+    quantize: str = option("none", "8-bit weights by torchao; answers change", ("none", "int8", "fp8"))
+    cache_gb: float = option(0.0, "GB for keys and values (0: three quarters of the memory that is free)")
+    device: str = option("auto", "where the model runs", DEVICES)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Open a web page to chat about images and to have pictures drawn."""
+
+    ckpt: str = required("checkpoint folder")
+    vqgan: str = option("", VQGAN)
+    host: str = option("127.0.0.1", "address to listen on; another one than this is open to the network")
+    port: int = option(7860, "port to listen on (0: any that is free)")
+    share: bool = option(False, "publish the page through a tunnel of Gradio's, for anyone who has the link")
+    auth: bool = option(False, "ask for a name and a password: MEDMAX_AUTH in the environment, as name:password")
+    batch_size: int = option(8, "requests answered at a time")
+    waiting: int = option(32, "requests that may wait beside them; more are turned away")
+    max_upload_mb: float = option(20.0, "most MB of an image")
+    max_pixels: float = option(50.0, "most millions of pixels of an image")
+    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
+    quantize: str = option("none", "8-bit weights by torchao; answers change", ("none", "int8", "fp8"))
+    cache_gb: float = option(0.0, "GB for keys and values (0: three quarters of the memory that is free)")
+    device: str = option("auto", "where the model runs", DEVICES)
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Measure a suite of benchmarks in a checkout, each stage after the tests that guard it."""
 
     stages: tuple[str, ...] = option((), "stages to run (default: all of the suite)", positional=True)
     suite: str = option("auto", "what to measure (auto: gpu where there is one)", ("auto", "cpu", "gpu"))
     dry: bool = option(False, "tiny sizes on the CPU, interpreted kernels: shows that it runs, not how fast")
-    output: str = option("", "folder for benchmark.json, table.md and the log (default: none are kept)")
+    output: str = option("", "folder for benchmark.json, table.md, roofline.png and the log (default: none are kept)")
     limit: float = option(0.0, "seconds after which no stage is begun and the running one is stopped (0: none)")
 
 

@@ -1,0 +1,1 @@
+"""What is active on a machine, what falls back, and whether the kernels compute right there: `medmax doctor`."""
