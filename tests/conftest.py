@@ -18,6 +18,7 @@ import types
 from pathlib import Path
 
 import pytest
+from error_recorder import ErrorRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 # The benchmarks as a package, without the root on the path, where kernels/ would shadow the package of that name.
@@ -41,6 +42,10 @@ HAS_GPU = _has_gpu()
 # Must be set before triton is first imported.
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config) -> None:
+    config.pluginmanager.register(ErrorRecorder(config))
 
 
 def pytest_collection_modifyitems(items) -> None:
