@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Keeps the current folder off sys.path, where kernels/ would shadow the PyPI package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup test sanitize demo lint format bench gpu clean
+.PHONY: setup test sanitize demo docs errors lint build format bench gpu clean
 
 setup: $(VENV)/.built
 
@@ -14,7 +14,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt torch numpy setuptools wheel pybind11
 	# DeepSpeed's setup.py imports from its own folder, which a safe path leaves out.
-	env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(VENV)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(VENV)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[train,serve,demo,docs,dev]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
@@ -54,9 +54,23 @@ sanitize: setup
 demo: setup
 	$(RUN) examples/demo/run.py --output demo-output
 
+# The documentation as a site in build/site; any warning is an error.
+docs: setup
+	$(VENV)/bin/mkdocs build --strict
+
+# docs/errors.md; run the tests of new messages first, their examples come from pytest's cache.
+errors: setup
+	PYTHONPATH=tests $(RUN) -m error_page
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint docker/Dockerfile.*
+
+# The source distribution and a wheel for this machine; wheels for others come from cibuildwheel, see pyproject.toml.
+build: setup
+	$(RUN) -m build --no-isolation
 
 format: setup
 	$(VENV)/bin/ruff format .

@@ -49,6 +49,7 @@ def sources(pattern: str) -> list[str]:
 setup(
     packages=sorted({*find_packages(include=["medmax_fast", "medmax_fast.*"]), KERNELS}),
     package_dir={KERNELS: "kernels"},
+    package_data={"medmax_fast": ["py.typed", "_csrc.pyi"], "medmax_fast.demo": ["*.css", "examples/*"]},
     cmdclass={"build_py": BuildPy},
     ext_modules=[
         Extension(
@@ -57,7 +58,8 @@ setup(
             depends=sources("*.hpp"),
             include_dirs=[pybind11_include()],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"],
+            # A fused multiply-add, which GCC would make on Arm, rounds the weights of the resize otherwise.
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
         )
     ],
