@@ -29,7 +29,7 @@ from medmax_fast.data.codes import CodeTable
 from medmax_fast.data.rows import read_rows
 from medmax_fast.data.sequences import count_images, expand, open_tokenizer, ready_ids
 from medmax_fast.data.store import IDS_FILE, OFFSETS_FILE, StoreWriter
-from medmax_fast.runtime import hash_file
+from medmax_fast.files import hash_file
 from medmax_fast.vocab import EOT_TEXT, IMAGE_CODES
 
 WORDS = "the lung field shows a small nodule in left upper lobe with no sign of effusion or collapse stain is positive"

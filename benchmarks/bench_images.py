@@ -41,9 +41,10 @@ from medmax_fast.config import TokenizeConfig
 from medmax_fast.data.codes import code_files, read_codes
 from medmax_fast.data.dali import available
 from medmax_fast.data.shards import Shards
+from medmax_fast.files import read_json
 from medmax_fast.model.image_tokenizer import PRECISIONS, ImageTokenizer, normalised
 from medmax_fast.model.vqgan import VQConfig
-from medmax_fast.runtime import pick_device, read_json
+from medmax_fast.runtime import pick_device
 from medmax_fast.tokenization import tokenize_images
 
 # Largest share of codes that may differ. Emulated on a CPU, TF32 and fp16 change 0.2 % of these and bf16 1.7 %; of the

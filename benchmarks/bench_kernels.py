@@ -35,8 +35,8 @@ from benchmarks.cases import training as train
 from benchmarks.cases.case import COMPILED, LIGER, Case, Draw, Work
 from benchmarks.harness import Roofline, environment, evidence, extra_bytes, in_turns, report
 from benchmarks.sections import FAILURES, forget, reason_of, section_parser
+from medmax_fast.files import write_json
 from medmax_fast.kernels.launch import INTERPRETED
-from medmax_fast.runtime import write_json
 
 # The cases of each kernel at a size: "gpu", "cpu" or "quick".
 STAGES: dict[str, Callable[[str], list[Case]]] = {

@@ -34,9 +34,10 @@ from benchmarks.harness import Roofline, environment, evidence, report, timed
 from benchmarks.sections import FAILURES, failure, forget, section_parser
 from benchmarks.stages.train_parts import Model, Row, engine_step, make_batches, make_rows, recomputing, torch_step
 from medmax_fast.data.collate import target_counts
+from medmax_fast.files import write_json
 from medmax_fast.model.attention import available
 from medmax_fast.model.init import SHAPES, make_tokenizer
-from medmax_fast.runtime import pick_device, pick_dtype, write_json
+from medmax_fast.runtime import pick_device, pick_dtype
 from medmax_fast.training import engine as ds
 from medmax_fast.training.speed import flops_per_token, mfu, peak_flops, peak_memory_gib
 from medmax_fast.vocab import IdLayout

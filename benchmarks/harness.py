@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from medmax_fast.runtime import print_table, versions, write_json
+from medmax_fast.files import write_json
+from medmax_fast.runtime import print_table, versions
 
 # The first turns compile and fill caches.
 WARMUP_TURNS = 3

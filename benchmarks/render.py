@@ -15,9 +15,10 @@ from benchmarks.bench_kernels import floors as kernel_floors
 from benchmarks.gaps import GAPS
 from benchmarks.stage_floors import floors as stage_floors
 from medmax_fast.bench.table import cells, duration, heading, number, problem, summary
+from medmax_fast.files import atomic_path, read_json
 from medmax_fast.kernels.blocks import TABLE
 from medmax_fast.page import plain, table
-from medmax_fast.runtime import InputError, atomic_path, read_json
+from medmax_fast.runtime import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,8 +15,9 @@ from subprocess import SubprocessError
 import torch
 
 from benchmarks.harness import environment, report
+from medmax_fast.files import write_json
 from medmax_fast.kernels.launch import triton
-from medmax_fast.runtime import one_line, print_table, write_json
+from medmax_fast.runtime import one_line, print_table
 
 # What ends a section but not the others: a wrong result, too little memory, a library that is missing or of another
 # version, a kernel that cannot be compiled or launched, for which triton and torch.compile run programs.

@@ -30,9 +30,9 @@ from benchmarks.bench_kernels import STAGES, seconds
 from benchmarks.cases.case import Case, Draw, Work
 from benchmarks.harness import Roofline, environment, report
 from benchmarks.sections import FAILURES, forget, reason_of
+from medmax_fast.files import write_json
 from medmax_fast.kernels.blocks import blocks, override
 from medmax_fast.kernels.launch import INTERPRETED
-from medmax_fast.runtime import write_json
 
 CURRENT = "current"
 # Less is noise, and so is a loss of less on one shape.

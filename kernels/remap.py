@@ -181,8 +181,9 @@ def codes_to_ids(
 def ids_to_codes(
     ids: torch.Tensor, image_start: int, num_codes: int = 8192, *, dtype: torch.dtype = torch.int64, impl="auto"
 ) -> torch.Tensor:
-    """Codes of an array of image ids: id - image_start, same shape, as `dtype`; arguments as `codes_to_ids`.
+    """Codes of an array of image ids: id - image_start, same shape, as `dtype`.
 
+    ids: integers of any shape and strides. num_codes, dtype and impl as for `codes_to_ids`.
     Raises ValueError naming the first id that is not an image id and its position.
     """
     _check_dtypes(ids.dtype, DTYPES, dtype)
@@ -209,6 +210,7 @@ def write_image_spans(
 
     out_ids: buffer [T], int64, int32 or uint16, any stride. starts: int64 [N]; the spans must not overlap (not
     checked). codes_NP: integers [N, P], any strides. All on one device; nothing outside the spans is touched.
+    boi, eoi: ids before and behind an image. image_start: the id of code 0. impl as for `codes_to_ids`.
 
     Raises ValueError naming the first start whose span leaves the buffer (that span is not written) or the first
     code outside 0..num_codes-1; after either the contents of the other spans are undefined.

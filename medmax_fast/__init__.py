@@ -13,6 +13,22 @@ The public Python API, loaded on first use so that importing the package imports
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# For type checkers, which do not see what __getattr__ finds.
+if TYPE_CHECKING:
+    from medmax_fast.data.loader import PackedLoader as PackedLoader
+    from medmax_fast.data.store import TokenStore as TokenStore
+    from medmax_fast.eval.run import evaluate as evaluate
+    from medmax_fast.generate.engine import Engine as Engine
+    from medmax_fast.generate.requests import PicturePiece as PicturePiece
+    from medmax_fast.generate.requests import Request as Request
+    from medmax_fast.generate.requests import Result as Result
+    from medmax_fast.generate.requests import TextPiece as TextPiece
+    from medmax_fast.model.image_tokenizer import ImageTokenizer as ImageTokenizer
+    from medmax_fast.model.load import load_model as load_model
+    from medmax_fast.model.loss import packed_loss as packed_loss
+    from medmax_fast.vocab import TextTokenizer as TextTokenizer
 
 __version__ = "0.1.0"
 
@@ -33,7 +49,7 @@ _API = {
 __all__ = ["__version__", *_API]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_API[name]), name)

@@ -8,6 +8,7 @@ the next is put together: `start` returns before the codes are there.
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,9 @@ class Encoding:
         plain = ImageLoader(self.loader.images, self.loader.alpha, self.loader.depth16)
         fast = ImageLoader(**{**vars(self.loader), "done": ()})
         results = self.ready(((None, row), fast(row), 0.0) for row in rows)
-        pairs = [(plain(row).pixels, loaded.pixels) for (_, row), loaded, _ in results if loaded.reason is None]
+        pairs: list[tuple[Any, Any]] = [
+            (plain(row).pixels, loaded.pixels) for (_, row), loaded, _ in results if loaded.reason is None
+        ]
         if not pairs:
             return {"compared_images": 0}
         truth, found = np.stack([pixels for pixels, _ in pairs]), [pixels for _, pixels in pairs]

@@ -72,7 +72,7 @@ def html_page(title: str, markdown: str, folder: str | Path) -> str:
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
-                child.attrSet("src", data_url(Path(folder) / child.attrGet("src")))
+                child.attrSet("src", data_url(Path(folder) / str(child.attrGet("src"))))
     body = parser.renderer.render(tokens, parser.options, {})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -109,7 +109,8 @@ def _open_table(_, tokens: list, i: int, *__) -> str:
 
 def _mark_tables(tokens: list) -> None:
     """Give cells the name of their column, and tables, rows and cells the classes by which the style marks them."""
-    names, whole, row, column = [], None, None, 0
+    names: list[str] = []
+    column = 0
     for i, token in enumerate(tokens):
         if token.type == "table_open":
             names, whole = [], token

@@ -11,10 +11,12 @@ from medmax_fast.config import ScoreConfig
 from medmax_fast.data.collate import collate
 from medmax_fast.data.rows import place, read_rows
 from medmax_fast.data.store import TokenStore
+from medmax_fast.files import atomic_path
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.model.loss import packed_hidden, target_losses
-from medmax_fast.runtime import InputError, atomic_path, log, pick_device, pick_dtype, progress
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError, log, pick_device, pick_dtype, require_at_least
 from medmax_fast.vocab import IdLayout
 
 
@@ -24,6 +26,9 @@ def score(config: ScoreConfig) -> dict:
     loss_sum is in nats. Rows are packed up to --pack-length ids and scored together; packing does not change a
     row's result. A row longer than --max-length is cut there, as the published training does.
     """
+    require_at_least(config, 1, "max_length", "pack_length")
+    if Path(config.output).is_dir():
+        raise InputError(f"--output {config.output}: a folder, expected the JSONL file to write")
     checkpoint = open_checkpoint(config.ckpt)
     layout = IdLayout.from_file(checkpoint.tokenizer_path)
     ids, offsets = _read_ids(config.input, layout)
@@ -82,7 +87,7 @@ def _read_ids(path: str, layout: IdLayout) -> tuple[np.ndarray, np.ndarray]:
         return store.ids, store.offsets
     dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
     rows = []
-    for number, row in read_rows(path, columns=("tokens",)):
+    for number, row in progress(read_rows(path, columns=("tokens",)), "reading rows"):
         tokens, where = row.get("tokens"), f"{path}: {place(path, number)}"
         if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
             raise InputError(f"{where}: tokens is not a list of integers")

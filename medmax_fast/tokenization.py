@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +28,13 @@ from medmax_fast.data.feed import ImageLoader, load_ahead
 from medmax_fast.data.image_list import read_image_list
 from medmax_fast.data.shards import Contents, Shard, Shards, totals
 from medmax_fast.encoding import Encoding
+from medmax_fast.files import open_output
 from medmax_fast.model.image_tokenizer import ImageTokenizer
+from medmax_fast.progress import Progress
 from medmax_fast.runtime import (
     InputError,
-    Progress,
     TooManyRejected,
-    open_output,
+    kept,
     pick_device,
     rank_and_world,
     rejection_limit,
@@ -80,7 +82,8 @@ def tokenize_images(config: TokenizeConfig) -> dict:
     run = TokenizeRun(encoding, shards, contents, config.workers)
     if config.fast or precision != "fp32":
         run.exact = lambda: ImageTokenizer.from_checkpoint(config.ckpt, device, "fp32", vqgan=config.vqgan)
-    run.work()
+    with kept(run.kept):
+        run.work()
     records = shards.records()
     seconds = totals(records)["seconds"]
     facts = {
@@ -162,10 +165,12 @@ class TokenizeRun:
     def __init__(self, encoding: Encoding, shards: Shards, contents: Contents, workers: int):
         self.encoding, self.shards, self.contents = encoding, shards, contents
         self.loader, self.images = encoding.loader, encoding.loader.images
-        self.workers = workers or len(os.sched_getaffinity(0))
+        # No machine reads faster with more threads than that.
+        self.workers = min(workers, 1024) or len(os.sched_getaffinity(0))
         self.exact: Callable[[], ImageTokenizer] | None = None
         self.images_here = 0
-        self.seconds: Counter = Counter()
+        # Counters add fractions as well, but their types know whole numbers only.
+        self.seconds: Any = Counter()
 
     def work(self) -> None:
         """Publish shards until all are done, by whomever."""
@@ -173,12 +178,17 @@ class TokenizeRun:
         done = self.contents.images_done
         with (
             Claims(self.shards.claims_path) as claims,
-            Progress("tokenize (images)", self.shards.images, done) as self.progress,
+            Progress("tokenize (images)", self.shards.images, done, self.contents.rejected) as self.progress,
         ):
             while self.shards.left():
                 if not self._pass(claims):
                     # The rest is in other processes' hands; should one of them die, its claims become free.
                     time.sleep(_POLL_SECONDS)
+
+    def kept(self) -> str:
+        """What an interrupted run keeps: whole shards."""
+        done = sum(len(self.shards.rows(shard)) for shard in self.shards.done())
+        return f"{done} of {self.shards.images} images are kept in {self.shards.folder}"
 
     def _pass(self, claims: Claims) -> int:
         """Claim and publish what is left and free; returns the number of shards."""
@@ -216,9 +226,13 @@ class TokenizeRun:
     def _encode(self, results: Iterable[tuple]) -> Shard:
         """The codes and the record of one shard's images."""
         start = time.monotonic()
-        seconds: Counter = Counter(dict.fromkeys(STAGES, 0.0))
+        seconds: Any = Counter(dict.fromkeys(STAGES, 0.0))
         notes: Counter = Counter()
-        paths, digests, rejected, copies, pixels = [], [], [], [], []
+        paths: list[str] = []
+        digests: list[bytes] = []
+        rejected: list[dict] = []
+        copies: list[tuple[int, np.ndarray]] = []
+        pixels: list[Any] = []
         encoded = [np.zeros((0, IMAGE_CODES), np.uint16)]
         # Where each content of this shard stands among the encoded ones.
         places: dict[bytes, int] = {}
@@ -236,7 +250,7 @@ class TokenizeRun:
 
         for (_, row), loaded, waited in results:
             seconds.update({**loaded.seconds, "wait": waited})
-            self._show(seconds, len(paths) + len(rejected) + 1)
+            self._show(seconds, len(paths) + len(rejected) + 1, len(rejected) + (loaded.reason is not None))
             if loaded.reason is not None:
                 entry = {PATH_COLUMN: self.images.paths[row], "reason": loaded.reason, "row": row}
                 rejected.append(entry | {"sha256": loaded.sha256})
@@ -264,8 +278,9 @@ class TokenizeRun:
         seconds["total"] = time.monotonic() - start
         return Shard(paths, codes, digests, len(places), rejected, dict(notes), dict(seconds))
 
-    def _show(self, seconds: Counter, done_in_shard: int) -> None:
+    def _show(self, seconds: Any, done_in_shard: int, rejected_in_shard: int) -> None:
         def note() -> str:
             return ", ".join(f"{row['stage']} {row['share']:.0%}" for row in stage_table(self.seconds + seconds))
 
+        self.progress.rejected = self.contents.rejected + rejected_in_shard
         self.progress.update(self.contents.images_done + done_in_shard, note)

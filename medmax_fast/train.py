@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +19,14 @@ from medmax_fast.config import TrainConfig, settings_of
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.long_rows import long_rows
 from medmax_fast.data.store import MANIFEST_FILE, TokenStore
+from medmax_fast.files import SETTINGS_FILE, atomic_path, hash_file, open_output, read_object, remove
 from medmax_fast.model.adapter import check_lora
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.layout import MAX_POSITIONS
 from medmax_fast.model.load import load_model
 from medmax_fast.model.probe import probe_isolation
 from medmax_fast.model.trainable import check_choice, prepare
-from medmax_fast.runtime import (
-    SETTINGS_FILE,
-    InputError,
-    atomic_path,
-    comma_list,
-    hash_file,
-    log,
-    open_output,
-    pick_device,
-    pick_dtype,
-    rank_and_world,
-    read_json,
-    remove,
-)
+from medmax_fast.runtime import InputError, comma_list, info, kept, log, pick_device, pick_dtype, rank_and_world
 from medmax_fast.training import engine as ds
 from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.processes import StopRequest, on_first_rank
@@ -99,7 +88,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> dict:
     folder = RunFolder(config.output)
     if folder.result.exists():
         log(f"{folder.path}: this run is finished; choose another --output to train again")
-        return {**read_json(folder.result), "already_finished": True}
+        return {**read_object(folder.result), "already_finished": True}
     if rank == 0:
         _list_long_rows(loader, folder)
     newest = on_first_rank(lambda: _newest_checkpoint(config, folder, world))
@@ -110,12 +99,19 @@ def _train(config: TrainConfig, stop: StopRequest) -> dict:
     run.resume(newest)
     on_first_rank(lambda: _track(config, run))
     status = 1
-    try:
-        run.steps(stop)
-        status = 0
-    finally:
-        run.trackers.close(status)
-    return finish(run, base)
+    with kept(lambda: _kept(folder)):
+        try:
+            run.steps(stop)
+            status = 0
+        finally:
+            run.trackers.close(status)
+        return finish(run, base)
+
+
+def _kept(folder: RunFolder) -> str:
+    """What is left of a run that did not save at its end."""
+    steps = sorted(folder.checkpoints.glob("step-*"))
+    return f"{steps[-1]} is kept" if steps else "no checkpoint is complete yet"
 
 
 def _newest_checkpoint(config: TrainConfig, folder: RunFolder, world: int) -> tuple[Path, dict] | None:
@@ -130,7 +126,7 @@ def _newest_checkpoint(config: TrainConfig, folder: RunFolder, world: int) -> tu
             f"{path}: made by {state['world']} ranks, now {world}; use the same number, since the 8-bit state of the "
             "optimizer cannot be shared out anew"
         )
-    log(f"{path}: made by {state['world']} ranks, now {world}; it is rewritten for them first")
+    info(f"{path}: made by {state['world']} ranks, now {world}; it is rewritten for them first")
     target = folder.reshaped(state["step"])
     remove(target)
     ds.to_universal(path, target)
@@ -145,7 +141,7 @@ def _build(config: TrainConfig, checkpoint: Checkpoint, store: TokenStore, devic
 
 def _track(config: TrainConfig, run: Run) -> None:
     """Open the trackers of a run on this rank."""
-    settings = read_json(run.folder.path / SETTINGS_FILE)
+    settings = read_object(run.folder.path / SETTINGS_FILE)
     # Another run of the same name elsewhere is another run.
     run_id = hashlib.sha256(str(run.folder.path.resolve()).encode()).hexdigest()[:16]
     run.trackers = open_trackers(comma_list(config.track), run.folder.path, settings, run_id, run.done)
@@ -209,7 +205,7 @@ def _open_validation(config: TrainConfig, checkpoint: Checkpoint, rank: int, wor
         return None
     store = TokenStore(config.validation, verify=rank == 0)
     _check_store(store, config, checkpoint)
-    options = {"max_length": config.max_length, "too_long": config.too_long, "labels": config.labels}
+    options: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long, "labels": config.labels}
     return Validation(store, PackedLoader(store, config.pack_length, world, 0, rank, world, **options))
 
 

@@ -10,8 +10,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # One image is a 32 x 32 grid of codes, row by row; boi and eoi stand around it in a sequence.
 IMAGE_SIDE = 32
@@ -107,24 +109,32 @@ class IdLayout:
         """One past the last image id."""
         return self.image_start + self.num_codes
 
-    def ids_from_codes(self, codes: np.ndarray) -> np.ndarray:
+    # NumPy is imported where it is used, since every start of the command line reads this module.
+
+    def ids_from_codes(self, codes: "np.ndarray") -> "np.ndarray":
         """Vocabulary ids (int64) of an array of codes; ValueError outside 0..num_codes-1."""
+        import numpy as np
+
         codes = np.asarray(codes, dtype=np.int64)
         if codes.size and (codes.min() < 0 or codes.max() >= self.num_codes):
             bad = codes[(codes < 0) | (codes >= self.num_codes)].flat[0]
             raise ValueError(f"image code {bad} is outside 0..{self.num_codes - 1}")
         return codes + self.image_start
 
-    def codes_from_ids(self, ids: np.ndarray) -> np.ndarray:
+    def codes_from_ids(self, ids: "np.ndarray") -> "np.ndarray":
         """Codes (int64) of an array of image ids; ValueError for an id that is not an image id."""
+        import numpy as np
+
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and (ids.min() < self.image_start or ids.max() >= self.image_end):
             bad = ids[(ids < self.image_start) | (ids >= self.image_end)].flat[0]
             raise ValueError(f"id {bad} is not an image id ({self.image_start}..{self.image_end - 1})")
         return ids - self.image_start
 
-    def image_span(self, codes: np.ndarray) -> np.ndarray:
+    def image_span(self, codes: "np.ndarray") -> "np.ndarray":
         """[boi] + the ids of one image's codes + [eoi], int64 [1026]; ValueError for another number of codes."""
+        import numpy as np
+
         codes = np.asarray(codes)
         if codes.shape != (IMAGE_CODES,):
             raise ValueError(f"an image of {codes.size} codes, expected {IMAGE_CODES}")
@@ -150,6 +160,7 @@ def read_vocab(path: str | Path) -> dict[str, int]:
 class TextTokenizer:
     """The text side of the vocabulary: encode and decode strings, special names included.
 
+    path: a tokenizers JSON file of a checkpoint; VocabError if its ids are not laid out as Chameleon's.
     Both spellings of the placeholder are accepted in text, whichever of the two tokenizer files was opened.
     """
 
@@ -159,7 +170,7 @@ class TextTokenizer:
         self.path = Path(path)
         self.layout = IdLayout.from_file(path)
         self._tokenizer = Tokenizer.from_file(str(path))
-        self._placeholder_name = self._tokenizer.id_to_token(self.layout.placeholder)
+        self._placeholder_name = str(self._tokenizer.id_to_token(self.layout.placeholder))
         # The reference takes every name that begins with "<" (but "<" itself) for a special token and never
         # generates it, ordinary text such as "</" included; kept, so that generation agrees with it id for id.
         self.unwritable = sorted(

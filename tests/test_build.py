@@ -26,7 +26,8 @@ from medmax_fast.data import chunks
 from medmax_fast.data.build import build
 from medmax_fast.data.shards import Shard, Shards
 from medmax_fast.data.store import TokenStore
-from medmax_fast.runtime import TooManyRejected, remove
+from medmax_fast.files import remove
+from medmax_fast.runtime import TooManyRejected
 from medmax_fast.vocab import IMAGE_CODES
 
 CODES = np.random.default_rng(3).integers(0, 8192, (4, IMAGE_CODES)).astype(np.uint16)
@@ -140,7 +141,7 @@ def test_rows_without_codes_are_rejected_and_counted_per_source(run, tmp_path):
     assert [(r["row"], r["reason"]) for r in rejected] == [
         (1, "broken.png: rejected by tokenize: empty file"),
         (2, "gone.png: not in the codes table"),
-        (3, "credential yes without image_path or codes"),
+        (3, "credential is yes, but there is neither image_path nor image_tokens"),
     ]
     # The good rows are there, and running again gives the same answer without doing the work again.
     assert TokenStore(tmp_path / "out").keys == ["rows.jsonl:0", "rows.jsonl:4", "rows.jsonl:5"]
@@ -170,7 +171,7 @@ MALFORMED = {
     "a code too large": ([{"text": QUESTION, "image_tokens": [8192] * 1024}], "image code 8192 is outside 0..8191"),
     "codes as text": ([{"text": QUESTION, "image_tokens": "1 2 3"}], "image_tokens is str '1 2 3', expected list"),
     "codes of mixed depth": ([{"text": QUESTION, "image_tokens": [[1], 2]}], "image_tokens is int, expected a list"),
-    "a path of another type": ([{"text": QUESTION, "image_path": [3]}], "image_path holds something else"),
+    "a path of another type": ([{"text": QUESTION, "image_path": [3]}], "image_path holds something other"),
     "an id too large": ([{"tokens": [0, 5, 10212]}], "line 1: id 10212 in tokens, expected 0..10211"),
     "a negative id": ([{"text": "a"}, {"tokens": [-1]}], "line 2: id -1 in tokens"),
     "ids as text": ([{"tokens": "0 1"}], "tokens is str, expected a list of integers"),
@@ -347,7 +348,7 @@ PARQUET_MALFORMED = {
     "a code far too large": ({"text": [QUESTION], "image_tokens": [[70_000] * 1024]}, "image code 70000 is outside"),
     "1023 codes": ({"text": [QUESTION], "image_tokens": [[1] * 1023]}, "an image of 1023 codes"),
     "too many images": ({"text": ["a"], "image_tokens": [[1] * 1024]}, "0 <image> in the text but 1 images"),
-    "a NUL in a path": ({"text": [QUESTION], "image_path": ["a\0b.png"]}, "image_path holds something else"),
+    "a NUL in a path": ({"text": [QUESTION], "image_path": ["a\0b.png"]}, "image_path holds something other"),
 }
 
 

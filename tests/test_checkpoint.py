@@ -98,7 +98,7 @@ def test_truncated_safetensors(golden, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, "no such checkpoint folder"),
+        (lambda p: None, "no such folder"),
         (lambda p: p.mkdir(), "neither a Hugging Face"),
         (lambda p: (p.mkdir(), (p / "config.json").write_text('{"model_type": "llama"}')), "model_type 'llama'"),
         (lambda p: (p.mkdir(), (p / "config.json").write_text("{")), "not valid JSON"),
@@ -148,3 +148,8 @@ def test_rotary_orders_are_inverse(heads, width):
 def test_shape_round_trips_through_params(dim, hidden):
     shape = ModelShape(dim, 2, 4, 4, hidden, 9000)
     assert ModelShape.from_params(json.loads(json.dumps(shape.to_params()))) == shape
+
+
+def test_a_name_that_no_tensor_has(hf):
+    with pytest.raises(InputError, match="hf: tensor model.nothing.weight is missing"):
+        open_checkpoint(hf).meta("model.nothing.weight")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmax_fast.cli import main
+from medmax_fast.files import hash_file
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
-from medmax_fast.runtime import hash_file
 
 
 def logits(model, ids):
@@ -49,7 +49,7 @@ def test_stock_transformers_loads_it_with_equal_text_logits(golden, hf):
     assert processor.tokenizer("x", add_special_tokens=False).input_ids[-1] >= 8712
 
 
-def test_heads_that_differ_are_refused(hf, tmp_path):
+def test_heads_that_differ_are_refused(hf, tmp_path, monkeypatch, capsys):
     changed = tmp_path / "hf"
     changed.mkdir()
     for file in hf.iterdir():
@@ -59,6 +59,12 @@ def test_heads_that_differ_are_refused(hf, tmp_path):
     save_file(weights, changed / "model.safetensors")
     command = ["convert", "--input", str(changed), "--output", str(tmp_path / "out"), "--to", "chameleon"]
     assert main(command) == 2
+    assert "agree in 4 groups" in capsys.readouterr().err
+    # As of heads that no number of shards divides.
+    with monkeypatch.context() as patch:
+        patch.setattr("medmax_fast.model.convert.can_split", lambda _, shards: shards == 1)
+        assert main(command) == 2
+    assert "the Chameleon layout holds one vector for them, --average-qk-norm averages" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--average-qk-norm"]) == 0
     averaged = open_checkpoint(tmp_path / "out").tensor("model.layers.1.self_attn.k_norm.bias")

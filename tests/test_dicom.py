@@ -401,6 +401,13 @@ def test_real_files_of_one_image_agree():
 # ---- refusals ----
 
 PLAIN = np.arange(12, dtype=np.uint8).reshape(3, 4)
+WIDE = np.zeros((1, 2), np.uint64)
+
+
+def palette(bits: int) -> dict:
+    """Elements of a palette without entries."""
+    tables = {f"{colour}PaletteColorLookupTable": [16, 0, bits] for colour in ("Red", "Green", "Blue")}
+    return {f"{n}Descriptor": d for n, d in tables.items()} | {f"{n}Data": b"" for n in tables}
 
 
 def test_refusals(monkeypatch):
@@ -419,6 +426,9 @@ def test_refusals(monkeypatch):
         dicom(PLAIN, MPEG2MPML, PixelData=encapsulate([b"1234"])): "MPEG2.*which pydicom cannot decode",
         dicom(PLAIN[:, :, None].repeat(3, 2).astype(np.int8)): "signed colour values",
         dicom(PLAIN, PhotometricInterpretation="PALETTE COLOR"): "broken DICOM",
+        dicom(PLAIN, PhotometricInterpretation="PALETTE COLOR", **palette(8)): "with an empty lookup table",
+        dicom(PLAIN, PhotometricInterpretation="PALETTE COLOR", **palette(17)): "table of 17 bits, expected 1 to 16",
+        dicom(WIDE, PixelData=None, DoubleFloatPixelData=np.array([-1e308, 1e308]).tobytes()): "values from -1e.308 to",
     }
     for data, reason in cases.items():
         with pytest.raises(ValueError, match=reason) as caught:

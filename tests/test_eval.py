@@ -373,7 +373,12 @@ def test_each_protocol_averages_the_tasks_that_it_has(config, tmp_path):
 
 def test_progress_is_shown_while_a_model_answers(config, monkeypatch):
     shown = []
-    monkeypatch.setattr(answering.Progress, "update", lambda self, done, note=str: shown.append(done))
+
+    def update(self, done, note=str):
+        if self.label == "eval (questions)":
+            shown.append(done)
+
+    monkeypatch.setattr(answering.Progress, "update", update)
     evaluate(config, Scripted())
     sizes = batch_sizes(config)
     # When a batch is kept, and before that as its answers come.

@@ -70,8 +70,8 @@ def test_one_bad_request_among_32_leaves_the_others(engine, tmp_path):
 
 BAD = {
     "missing image": ({"content": [{"type": "image", "path": "none.png"}]}, "none.png: no such file"),
-    "too long": ({"token_ids": [0] * 4096}, "a prompt of 4096 ids leaves no room in 4096"),
-    "no room": ({"token_ids": [0] * 3073, "mode": "image"}, "no room for a picture in 4096"),
+    "too long": ({"token_ids": [0] * 4096}, "a prompt of 4096 ids leaves no room in max_length 4096"),
+    "no room": ({"token_ids": [0] * 3073, "mode": "image"}, "no room for a picture in max_length 4096"),
     "empty content": ({"content": []}, "an empty prompt"),
     "empty ids": ({"token_ids": []}, "an empty prompt"),
     "mode": ({"token_ids": [0], "mode": "video"}, "mode 'video', expected one of text, image, any"),

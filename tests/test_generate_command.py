@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.requests import PicturePiece, Result, TextPiece
 from medmax_fast.generate.writer import Writer, count_rejected, picture_name, read_journal
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import Progress
+from medmax_fast.progress import Progress
 
 JOURNAL = ".outputs.journal.jsonl"
-INTERRUPTED = "medmax generate: interrupted; what was finished is kept, the same command continues"
+INTERRUPTED = "medmax generate: interrupted; {} of 6 answers are kept in {}; to continue: {}"
 # Pictures with one stream each.
 NO_GUIDANCE = ("--guidance-text", "1", "--guidance-image", "1")
 
@@ -125,15 +126,15 @@ def test_golden_generation_through_the_command(golden, cases, tmp_path, capsys, 
     ("lines", "message"),
     [
         ("", "no prompts"),
-        ("{", "p.jsonl:1: not valid JSON"),
+        ("{", "p.jsonl: line 1: not valid JSON"),
         ('{"id": "a"}', "either content or token_ids"),
         ('{"content": []}', "expected an object with id"),
-        ('{"id": "a", "token_ids": 3}', "token_ids is a int, expected a list"),
-        ('{"id": "a", "token_ids": [0]}\n{"id": "a", "token_ids": [0]}', "p.jsonl:2: id 'a' occurs twice"),
-        ('{"id": "a", "token_ids": [0]}\n\n{"id": "\xff"', "p.jsonl:3: not valid JSON ('utf-8' codec can't decode"),
-        ('{"id": "\\ud83d", "token_ids": [0]}', "p.jsonl:1: not valid JSON ('utf-8' codec can't encode"),
-        ("[" * 100_000, "p.jsonl:1: not valid JSON (maximum recursion depth"),
-        ('{"id": "a", "token_ids": [' + "1" * 5000 + "]}", "p.jsonl:1: not valid JSON (Exceeds the limit"),
+        ('{"id": "a", "token_ids": 3}', "token_ids is int, expected a list"),
+        ('{"id": "a", "token_ids": [0]}\n{"id": "a", "token_ids": [0]}', "p.jsonl: line 2: id 'a' occurs twice"),
+        ('{"id": "a", "token_ids": [0]}\n\n{"id": "\xff"', "p.jsonl: line 3: not valid JSON ('utf-8' codec can't"),
+        ('{"id": "\\ud83d", "token_ids": [0]}', "p.jsonl: line 1: not valid JSON ('utf-8' codec can't encode"),
+        ("[" * 100_000, "p.jsonl: line 1: not valid JSON (maximum recursion depth"),
+        ('{"id": "a", "token_ids": [' + "1" * 5000 + "]}", "p.jsonl: line 1: not valid JSON (Exceeds the limit"),
     ],
 )
 def test_bad_prompts_file(golden, tmp_path, capsys, lines, message):
@@ -155,7 +156,7 @@ BAD_FLAGS = {
     "cache": ("--prompt Why? --cache-gb -1", "--cache-gb -1.0: expected 0 or more"),
     "length": ("--prompts p.jsonl --output out --max-length 5000", "--max-length 5000: expected 1 to 4096"),
     "temperature": ("--prompts p.jsonl --output out --temperature -1", "--temperature -1.0: expected 0 or more"),
-    "top-p": ("--prompts p.jsonl --output out --image-top-p nan", "--image-top-p nan: expected 0 to 1"),
+    "top-p": ("--prompts p.jsonl --output out --image-top-p 1.5", "--image-top-p 1.5: expected 0 to 1"),
 }
 
 
@@ -234,7 +235,8 @@ def test_a_stopped_run_goes_on(golden, tmp_path, interrupting, calls, capsys):
     capsys.readouterr()
     assert interrupting(words) == 130
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == f"generate: 2 of 6 prompts are already answered in {folder}" and errors[-1] == INTERRUPTED
+    assert errors[0] == f"generate: 2 of 6 prompts are already answered in {folder}"
+    assert errors[-1] == INTERRUPTED.format(4, folder, shlex.join(["medmax", *words]))
     assert not any("Traceback" in line for line in errors)
     assert [row["id"] for row in read(journal)] == ["q0", "q1", "q2", "q3"]
 
@@ -357,7 +359,7 @@ def test_rejected_prompts(golden, tmp_path, calls, capsys):
         "missing": f"{tmp_path}/no\u2028where.png: no such file",
         # bos and eot are no prompt.
         "empty": "an empty prompt",
-        "long": "a prompt of 1100 ids leaves no room in 1100",
+        "long": "a prompt of 1100 ids leaves no room in max_length 1100",
     }
     assert read(tmp_path / "out" / "rejected.jsonl") == [{"id": i, "reason": r} for i, r in reasons.items()]
     answers = read(tmp_path / "out" / "outputs.jsonl")

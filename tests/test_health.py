@@ -18,9 +18,10 @@ import torch
 from medmax_fast.config import ScoreConfig, TrainConfig
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.store import TokenStore, write_store
+from medmax_fast.files import read_json, write_json
 from medmax_fast.model.load import load_model
 from medmax_fast.model.trainable import PackedModel
-from medmax_fast.runtime import InputError, read_json, write_json
+from medmax_fast.runtime import InputError
 from medmax_fast.score import score
 from medmax_fast.train import train
 from medmax_fast.training import engine as ds

@@ -268,7 +268,7 @@ def test_bad_prompt_files_that_are_no_text(tmp_path):
         load_prompts(tmp_path / "absent.yaml")
     for name in ("a.yaml", "a.json"):
         (tmp_path / name).write_bytes(b"\xff\xfe")
-        with pytest.raises(InputError, match="not valid"):
+        with pytest.raises(InputError, match="not (valid|UTF-8 text)"):
             load_prompts(tmp_path / name)
 
 

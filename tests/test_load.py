@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmax_fast.cli import main
+from medmax_fast.files import hash_file
 from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, open_checkpoint
 from medmax_fast.model.load import load_model
-from medmax_fast.runtime import hash_file
 
 LAYOUTS = ["chameleon", "hf"]
 # Of one tensor in both layouts: in the order of the other, and copied as it is.
@@ -273,7 +273,7 @@ def test_inspect_names_a_tensor_too_many(checkpoint, capsys):
 
 def test_inspect_refuses_what_is_no_checkpoint(tmp_path, folders, capsys):
     assert "neither a token store" in error_of(capsys, ["inspect", tmp_path])
-    assert "neither a token store" in error_of(capsys, ["inspect", tmp_path / "none"])
+    assert "none: no such folder, expected" in error_of(capsys, ["inspect", tmp_path / "none"])
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "'llama', expected 'chameleon'" in error_of(capsys, ["inspect", tmp_path])
     error = error_of(capsys, ["inspect", folders["hf"], "--output", tmp_path / "out"])

@@ -88,6 +88,21 @@ def test_adapters_that_cannot_be_merged(golden, adapter, tmp_path, capsys, chang
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_A.more.weight", torch.ones(4, 64), "several adapters on model"),
+        ("model.layers.9.mlp.up_proj.lora_A.weight", torch.ones(4, 64), "adapts model.layers.9.mlp.up_proj.weight"),
+        ("lm_head.weight", torch.ones(5, 64), "lm_head.weight has shape (5, 64), the base (10212, 64)"),
+    ],
+)
+def test_adapters_with_a_tensor_that_does_not_fit(golden, adapter, tmp_path, capsys, name, tensor, message):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path) | {f"base_model.model.{name}": tensor}, path)
+    assert run_merge(golden, tmp_path) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
 def test_missing_adapter(golden, tmp_path):
     with pytest.raises(InputError, match="neither adapter_config.json .* nor DeepSpeed"):
         open_trained(tmp_path)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from medmax_fast.eval.questions import load_questions, read_chat_answer
 from medmax_fast.eval.tasks import TASKS, find_task
-from medmax_fast.runtime import InputError, hash_file
+from medmax_fast.files import hash_file
+from medmax_fast.runtime import InputError
 
 
 def changed(index: int, **changes) -> list[tuple]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import torch
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.store import TokenStore, write_store
-from medmax_fast.runtime import write_json
+from medmax_fast.files import write_json
 from medmax_fast.training import processes
 from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.processes import SAME_SIGNAL_SECONDS, StopRequest
@@ -39,7 +40,7 @@ CLOCK = ("seconds", "tokens_per_second", "target_tokens_per_second", "memory_gib
 # Of a run that is killed at random; then it is left to finish.
 KILLS = 4
 WISH = "{}: finishing this step and saving; again to stop without"
-INTERRUPTED = "medmax train: interrupted; what was finished is kept, the same command continues"
+INTERRUPTED = "medmax train: interrupted; step {} of 6 is saved in {}; to continue: {} {}"
 # ZeRO stages beside 2, and what they train.
 STAGES = [(0, "full"), (1, "lora"), (3, "full"), (3, "lora")]
 
@@ -334,13 +335,17 @@ def test_a_signal_ends_the_command_after_a_step_and_the_same_command_continues(f
         process.send_signal(signal.SIGTERM)
         out, log = process.communicate(timeout=200)
     assert (process.returncode, out) == (130, "") and "Traceback" not in log
-    assert log.splitlines().count(WISH.format("SIGTERM")) == 1 and log.splitlines()[-1] == INTERRUPTED
+    assert log.splitlines().count(WISH.format("SIGTERM")) == 1
     done = RunFolder(run.output).newest_checkpoint()[1]["step"]
+    words = shlex.join(["train", *plan(run)["arguments"]])
+    started = shlex.join([shutil.which("python") == sys.executable and "python" or sys.executable, *command[1:3]])
+    assert log.splitlines()[-1] == INTERRUPTED.format(done, run.output, started, words)
     assert done == len(records(run.output)) < 6 and not (Path(run.output) / "result.json").exists()
     if done < 5:
         status, out, log = forks.run("trainings", [plan(run, signal=[0, done + 1, signal.SIGINT])])
         assert (status, out) == (130, "") and f"continuing after step {done} of 6\n" in log
-        assert log.splitlines().count(WISH.format("SIGINT")) == 1 and log.splitlines()[-1] == INTERRUPTED
+        assert log.splitlines().count(WISH.format("SIGINT")) == 1
+        assert log.splitlines()[-1] == INTERRUPTED.format(done + 1, run.output, "medmax", words)
         assert len(records(run.output)) == done + 1
     status, _, log = forks.run("trainings", [plan(run)])
     assert status == 0 and left_by(run) == left_by(whole)

@@ -232,6 +232,6 @@ def test_open_tokenizer(golden_checkpoint, tmp_path):
     path.unlink()
     assert open_tokenizer(golden_checkpoint).layout == layout
     (tmp_path / "nothing").mkdir()
-    for folder, message in {"gone": "no such checkpoint folder", "nothing": "no tokenizer file"}.items():
+    for folder, message in {"gone": "no such folder", "nothing": "no tokenizer file"}.items():
         with pytest.raises(InputError, match=message):
             open_tokenizer(tmp_path / folder)

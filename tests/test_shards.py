@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medmax_fast.cli import main
+from medmax_fast.files import hash_file
 from medmax_fast.model import convert
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.init import RandomCheckpoint
 from medmax_fast.model.layout import ModelShape
 from medmax_fast.model.load import load_model
-from medmax_fast.runtime import hash_file
 
 SHAPE = ModelShape(dim=128, layers=2, heads=8, kv_heads=4, hidden=352, vocab_size=0, swin_norm=True)
 SHARDS = [f"consolidated.{i:02d}.pth" for i in range(4)]

@@ -1,6 +1,7 @@
 """The token store gives back what was written, streams, and never opens damaged."""
 
 import json
+import os
 import random
 import shutil
 import tracemalloc
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from medmax_fast.data.store import RowsWriter, StoreWriter, TokenStore, id_dtype, write_store
 from medmax_fast.data.summary import store_summary
@@ -129,6 +131,24 @@ def test_wrong_offsets_are_found_even_unverified(tmp_path, offsets):
     assert len(TokenStore(tmp_path / "s", verify=False)) == 3
     np.save(tmp_path / "s" / "offsets.npy", np.array(offsets))
     with pytest.raises(InputError, match="offsets"):
+        TokenStore(tmp_path / "s", verify=False)
+
+
+def test_wrong_sizes_are_found_even_unverified(tmp_path):
+    small_store(tmp_path / "s")
+    rows, ids = tmp_path / "s" / "rows.parquet", tmp_path / "s" / "ids.bin"
+    table = parquet.read_table(rows)
+    parquet.write_table(table.slice(1), rows)
+    with pytest.raises(
+        InputError, match=f"rows.parquet: {len(table) - 1} rows, expected {len(table)}; build the store"
+    ):
+        _ = TokenStore(tmp_path / "s", verify=False).keys
+    rows.write_text("rows")
+    with pytest.raises(InputError, match=r"rows.parquet: corrupt Parquet \(.*\); build the store again"):
+        _ = TokenStore(tmp_path / "s", verify=False).keys
+    size = ids.stat().st_size
+    os.truncate(ids, size - 2)
+    with pytest.raises(InputError, match=f"ids.bin: {size - 2} bytes, expected {size}; build the store again"):
         TokenStore(tmp_path / "s", verify=False)
 
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from medmax_fast import runtime, tokenization
+from medmax_fast import files, tokenization
 from medmax_fast.cli import main
 from medmax_fast.data.feed import load_ahead
 from medmax_fast.data.images import load_image
@@ -216,10 +216,10 @@ def test_two_ranks_making_the_folder_at_once(tmp_path, monkeypatch):
         open_output(folder, "tokenize", {"alpha": "drop"})
         require_new(folder)
 
-    require_new, open_output = runtime.require_new, runtime.open_output
+    require_new, open_output = files.require_new, files.open_output
     for settings, message in ({"alpha": "drop"}, None), ({"alpha": "whiten"}, "made with alpha = 'drop'"):
         folder = tmp_path / settings["alpha"]
-        monkeypatch.setattr(runtime, "require_new", other_rank_was_faster)
+        monkeypatch.setattr(files, "require_new", other_rank_was_faster)
         if message:
             with pytest.raises(InputError, match=message):
                 open_output(folder, "tokenize", settings)
@@ -384,7 +384,7 @@ def test_bad_flags(fake, pictures, tmp_path, capsys, flag):
 def test_bad_checkpoints(golden, golden_checkpoint, pictures, tmp_path, capsys):
     vqgan = golden_checkpoint / "tokenizer" / "vqgan.ckpt"
     vqgan.write_bytes(vqgan.read_bytes()[:-100])
-    for ckpt, message in {tmp_path / "gone": "no such checkpoint", golden_checkpoint: "md5"}.items():
+    for ckpt, message in {tmp_path / "gone": "no such folder", golden_checkpoint: "md5"}.items():
         assert tokenize(pictures / "table.csv", tmp_path / "codes", ckpt=ckpt) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line and not (tmp_path / "codes").exists()
@@ -451,7 +451,8 @@ def test_golden_reconstruction(golden, tmp_path, capsys):
     source = one_code_table(golden, tmp_path / "codes")
     command = ["decode", "--input", str(source), "--ckpt", str(golden / "checkpoint"), "--output"]
     assert main([*command, str(tmp_path / "out")]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["pictures"] == 1 and summary["reconstructions"] is None
     found = np.asarray(Image.open(tmp_path / "out" / "ihc.png")).astype(int)
     expected = np.asarray(Image.open(golden / "reconstruction.png").convert("RGB")).astype(int)
     assert found.shape == (512, 512, 3) and abs(found - expected).max() <= 1

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from medmax_fast.config import ConvertConfig, TrainConfig
 from medmax_fast.data.store import TokenStore, write_store
+from medmax_fast.files import read_json, write_json
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import convert
 from medmax_fast.model.load import load_model
 from medmax_fast.model.loss import packed_loss
-from medmax_fast.runtime import InputError, read_json, write_json
+from medmax_fast.runtime import InputError
 from medmax_fast.train import train
 from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.run import Run
@@ -346,7 +347,7 @@ BAD = [
     (dict(lora_targets=" ,"), "--lora-targets without a name"),
     (dict(precision="fp16"), "--precision fp16: "),
     (dict(data="missing"), "expected a token store"),
-    (dict(ckpt="missing"), "no such checkpoint folder"),
+    (dict(ckpt="missing"), "no such folder"),
     (dict(deepspeed_config="missing.json"), "no such file"),
 ]
 

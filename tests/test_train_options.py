@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from medmax_fast.config import MergeConfig, TrainConfig
 from medmax_fast.data.collate import collate
 from medmax_fast.data.store import write_store
+from medmax_fast.files import write_json
 from medmax_fast.model import attention, trainable
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.load import load_model
 from medmax_fast.model.loss import packed_hidden
 from medmax_fast.model.merge import merge
-from medmax_fast.runtime import InputError, write_json
+from medmax_fast.runtime import InputError
 from medmax_fast.train import LIMITS, _newest_checkpoint, train
 from medmax_fast.training import engine as ds
 from medmax_fast.training.folder import RunFolder

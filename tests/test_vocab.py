@@ -39,6 +39,7 @@ def vocabulary(paths):
         (lambda v: [v.pop(n) for n in list(v) if n.startswith("IMGIMG")], "no image tokens"),
         (lambda v: v.update({"<s>": v["</s>"], "</s>": v["<s>"]}), "order"),
         (lambda v: v.pop("<image>"), "<reserved08707> or <image>"),
+        (lambda v: v.update(far=70_000), "ids for a vocabulary of 70001"),
     ],
 )
 def test_another_layout_is_refused(paths, damage, message):

@@ -86,6 +86,11 @@ def test_vqgan_beside_is_found(rounded, vqgan, codes, pixels, tmp_path):
         ImageTokenizer.from_checkpoint(folder)
 
 
+def test_a_checkpoint_without_a_decoder_draws_nothing(without, capsys):
+    assert main(["generate", "--ckpt", str(without), "--mode", "image", "--prompt", "A slide."]) == 2
+    assert "no VQGAN decoder, so it cannot draw; --vqgan gives it one" in capsys.readouterr().err
+
+
 def test_decode_command(without, vqgan, codes, pixels, tmp_path, capsys):
     table = pa.table({"img_path": ["a.png"], "img_tokens": [codes[0].tolist()]})
     pq.write_table(table, tmp_path / "codes.parquet")

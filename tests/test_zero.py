@@ -280,7 +280,19 @@ def shapeless(folder, _):
     change(folder / MODEL, lambda state: state.pop("param_shapes"))
 
 
+def other(file, *keys, **entries):
+    """Entries of what a file holds at `keys` are replaced."""
+
+    def edit(state):
+        for key in keys:
+            state = state[key]
+        state.update(entries)
+
+    return lambda folder, _: change(folder / file, edit)
+
+
 FLAT = "single_partition_of_fp32_groups"
+OPTIMIZER = "optimizer_state_dict"
 DAMAGE = {
     "share": ("2", gone(SHARE_1), f"{SHARE_1}: no such file, expected those of ranks 0 to 1"),
     "first share": ("3", gone(SHARE_0), f"{SHARE_0}: no such file"),
@@ -301,6 +313,15 @@ DAMAGE = {
     "precisions": ("2", put("bf16_" + SHARE_0, SHARE_0), f"{SHARE_0}: of the same rank as bf16_{SHARE_0}"),
     "model parallel": ("2", put("mp_rank_01_model_states.pt", MODEL), "mp_rank_01_model_states.pt: of model, pipeline"),
     "pipeline": ("2", put("layer_00-model_00-model_states.pt", MODEL), "00-model_states.pt: of model, pipeline or"),
+    "paddings": ("2", other(SHARE_0, OPTIMIZER, param_alignment_paddings=[[0] * 9] * 9), f"{SHARE_0}: 9 paddings in"),
+    "experts": ("2", other(SHARE_0, OPTIMIZER, partition_count=[1, 2]), f"{SHARE_0}: of expert parallelism, expected"),
+    "tensor parallel": ("2", other(MODEL, mp_world_size=2), f"{MODEL}: of model or expert parallelism, expected ranks"),
+    "no shapes": (
+        "2",
+        other(MODEL, param_shapes=[3]),
+        f"{MODEL}: param_shapes does not list sizes by parameter .'int'",
+    ),
+    "no list": ("2", other(MODEL, param_shapes=3), f"{MODEL}: param_shapes is int, expected list . None"),
     "shapes": ("2", shapeless, f"{MODEL}: no param_shapes, expected a checkpoint of DeepSpeed"),
     "universal": ("3-bf16", gone("zero/norm"), "zero/norm/fp32.pt: no such file"),
     "universal cut": ("2-bf16", cut("zero/norm/fp32.pt"), "zero/norm/fp32.pt: cannot be read"),

@@ -1,4 +1,4 @@
-"""Twenty-two real biomedical pictures from files that scikit-image and pydicom carry, as PNG and JPEG files.
+"""Twenty-one real biomedical pictures from files that scikit-image and pydicom carry, as PNG and JPEG files.
 
 Nothing is downloaded: files are opened where the two packages are installed, not through their fetching functions.
 CT values are windowed as a radiologist would (centre and width in Hounsfield units), everything else is scaled from

@@ -99,7 +99,7 @@ def run(folder: Path) -> bool:
     command("init base --size tiny", done="base")
     command("tokenize --input images.csv --ckpt base --output codes")
     write_targets(folder)
-    command("decode --input targets.parquet --ckpt base --output decoded", done="decoded/index.jsonl")
+    command("decode --input targets.parquet --ckpt base --output decoded", done="decoded/reconstructions.png")
     command("build --input train.jsonl --ckpt base --codes codes --output store", done="store/manifest.json")
     command("inspect store")
     command("eval --data evaluation --ckpt base --output before")
@@ -109,7 +109,7 @@ def run(folder: Path) -> bool:
     command("eval --data evaluation --ckpt tuned_hf --output after")
     # The tiny model's unconditioned stream is untrained, and the published scale of 3 would follow its noise.
     command("generate --ckpt tuned --prompts prompts.jsonl --output drawn --mode image --greedy --guidance-text 1.5")
-    command("report before after run drawn store --output report --title 'medmax_fast demo'")
+    command("report before after run drawn decoded store --output report --title 'medmax_fast demo'")
     return summarize(folder, seconds)
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.parts import MIB, Gunzip, Parts, find_parts, is_archive
-from medmax_fast.runtime import InputError, atomic_path, log, progress, rank_and_world
+from medmax_fast.files import atomic_path
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError, log, rank_and_world
 
 __all__ = ["Archive", "find_parts", "is_archive"]
 
@@ -69,7 +71,7 @@ class Archive:
     def __init__(self, source: Parts | Gunzip, names: list[str], offsets: np.ndarray, sizes: np.ndarray):
         self._source = source
         self.names, self.offsets, self.sizes = names, offsets, sizes
-        digest = hashlib.sha256(np.ascontiguousarray(sizes, "<i8"))
+        digest = hashlib.sha256(np.ascontiguousarray(sizes, "<i8").data)
         digest.update("\0".join(names).encode("utf-8", "surrogateescape"))
         self.sha256 = digest.hexdigest()
         self.sequential = isinstance(source, Gunzip)
@@ -96,7 +98,7 @@ class Archive:
 
     @property
     def restarts(self) -> int:
-        return self._source.restarts if self.sequential else 0
+        return self._source.restarts if isinstance(self._source, Gunzip) else 0
 
     def find(self, path: str) -> int | None:
         """Number of the member of that name, a leading `./` apart; None if there is none."""
@@ -137,10 +139,11 @@ def _scan(source: Parts | Gunzip, members: dict[str, tuple[int, int]]) -> Iterat
     done = links = 0
     cursor = _Cursor(source)
     try:
-        archive = tarfile.TarFile(fileobj=cursor, encoding="utf-8", errors="surrogateescape")
+        # Of a file it needs reading and seeking only.
+        archive = tarfile.TarFile(fileobj=cursor, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
         while (member := archive.next()) is not None:
-            # tarfile would keep a kilobyte for each.
-            archive.members.clear()
+            # tarfile would keep a kilobyte for each, in a list that its types leave out.
+            archive.members.clear()  # type: ignore[attr-defined]
             if member.size < 0 or archive.offset < cursor.tell():
                 raise tarfile.ReadError(f"{member.name!r} has a size of {member.size} bytes")
             if member.issparse():

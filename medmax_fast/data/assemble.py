@@ -7,7 +7,7 @@ tokenizers library, Arrow, csrc/expand), so threads share the work without copie
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,8 @@ class Assembler:
             text = typed(values, "text", str)
             if text is None:
                 raise InputError("neither text nor tokens, expected one of them")
-            return _Text(unicode_text(text, "text"))
+            unicode_text(text, "text")
+            return _Text(text)
         except InputError as error:
             return error
 
@@ -119,7 +120,7 @@ class Assembler:
 
     def _images(self, parsed: ParsedRows, i: int, item: "_Text", images: RowImages) -> list[int]:
         """The images of a row whose text has `item.wanted` placeholders, as numbers of RowImages."""
-        values = parsed.values[i]
+        values = parsed.row(i)
         protected = _is_protected(values)
         first, last = int(parsed.codes_offsets[i]), int(parsed.codes_offsets[i + 1])
         if last > first:
@@ -131,9 +132,9 @@ class Assembler:
         paths = typed(values, "image_path", str, list) or []
         paths = [paths] if isinstance(paths, str) else paths
         if not all(map(_is_path, paths)):
-            raise InputError("image_path holds something else than paths")
+            raise InputError("image_path holds something other than paths")
         if protected and item.wanted and not paths:
-            raise NoCodes("credential yes without image_path or codes")
+            raise NoCodes("credential is yes, but there is neither image_path nor image_tokens")
         if len(paths) != item.wanted:
             raise InputError(f"{item.wanted} <image> in the text but {len(paths)} images, expected equal numbers")
         return [self._find(path) for path in paths]
@@ -142,7 +143,7 @@ class Assembler:
         several = given and isinstance(given[0], list)
         codes = [integer_array(one, "image_tokens") for one in (given if several else [given] * bool(given))]
         if any(len(one) != IMAGE_CODES or one.min() < 0 or one.max() >= self.layout.num_codes for one in codes):
-            expand(item.ids, codes, self.layout)
+            expand(item.ids.tolist(), codes, self.layout)
         return [one.astype(np.uint16) for one in codes]
 
     def _find(self, path: str) -> int:
@@ -184,7 +185,7 @@ class Assembler:
         for i, length in zip(good, lengths, strict=True):
             row = ids[end : end + length].tolist()
             end += length
-            lines.append(json.dumps({**parsed.values[i], "tokens": row}, default=str) + "\n")
+            lines.append(json.dumps({**parsed.row(i), "tokens": row}, default=str) + "\n")
         return "".join(lines).encode()
 
 
@@ -193,7 +194,7 @@ class _Text:
     """A row to be encoded: its text, then the ids of it and how many images they ask for."""
 
     text: str
-    ids: np.ndarray | None = None
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wanted: int = 0
 
 
@@ -213,8 +214,8 @@ def _record(chunk: Chunk, parsed: ParsedRows, items: list, good: list[int], leng
         "byte": chunk.byte,
         "rows": [parsed.rows[i] for i in good],
         "lengths": lengths,
-        "tasks": _coded([parsed.values[i].get("task") or "" for i in good]),
-        "sources": _coded([parsed.values[i].get("source") or "" for i in good]),
+        "tasks": _coded([parsed.row(i).get("task") or "" for i in good]),
+        "sources": _coded([parsed.row(i).get("source") or "" for i in good]),
         "rejected": rejected,
     }
 

@@ -48,7 +48,7 @@ def share_packs_ref(plan: Plan, lengths: np.ndarray, packs_per_step: int, world:
     costs = pack_costs(plan, lengths).tolist()
     totals = [sum(cost[part] for cost in costs) for part in (0, 1)]
     costs = [tuple(cost[part] * 65536 * len(plan) // totals[part] for part in (0, 1)) for cost in costs]
-    loads, steps = [(0, 0)] * world, []
+    loads, steps = [(0, 0)] * world, list[np.ndarray]()
     for first in range(0, len(costs), packs_per_step):
         step = costs[first : first + packs_per_step]
         step += [(0, 0)] * (packs_per_step - len(step))

@@ -26,21 +26,9 @@ from medmax_fast.data.journal import Journal
 from medmax_fast.data.rows import column_names, parquet_rows, table_kind
 from medmax_fast.data.sequences import open_tokenizer
 from medmax_fast.data.store import IDS_FILE, RowsWriter, TokenStore
-from medmax_fast.runtime import (
-    SETTINGS_FILE,
-    InputError,
-    Progress,
-    TooManyRejected,
-    atomic_path,
-    hash_file,
-    log,
-    open_output,
-    remove,
-    require_at_least,
-    require_new,
-    versions,
-    write_json,
-)
+from medmax_fast.files import SETTINGS_FILE, atomic_path, hash_file, open_output, remove, require_new, write_json
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError, TooManyRejected, info, kept, require_at_least, versions
 from medmax_fast.vocab import TextTokenizer
 
 REJECTED_FILE = "rejected.jsonl"
@@ -156,9 +144,10 @@ def _open_journal(config: BuildConfig, output: Path, settings: dict, data: str) 
     }
     with Journal(_hidden(output), settings, data) as journal:
         if journal.last:
-            log(f"{output}: going on with row {journal.last['row']}, where an earlier run was interrupted")
+            info(f"{output}: going on with row {journal.last['row']}, where an earlier run was interrupted")
         try:
-            yield journal
+            with kept(lambda: f"{journal.last.get('row', 0)} rows are kept in {journal.folder}"):
+                yield journal
         except InputError:
             journal.remove()
             raise
@@ -174,9 +163,14 @@ def _append_chunks(config: BuildConfig, tokenizer: TextTokenizer, journal: Journ
     chunks = read_chunks(path, assembler.columns, row, byte)
     total = parquet_rows(path) if table_kind(path) == "parquet" else None
     workers = config.workers or len(os.sched_getaffinity(0))
-    with Progress("build", total, row) as bar:
+    rejected = sum(len(record["rejected"]) for record in journal.records())
+    with Progress("build (rows)", total, row, rejected) as bar:
         for data, record in in_order(assembler, chunks, workers):
             journal.append(data, record)
+            bar.rejected = (bar.rejected or 0) + len(record["rejected"])
+            if total is None:
+                # Of JSONL estimated from the bytes that are read; exact at the end.
+                bar.total = record["row"] * before[0] // record["byte"]
             bar.update(record["row"])
     if _state(path) != before:
         raise InputError(f"{path}: changed while it was read; build it again")

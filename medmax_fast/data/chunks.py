@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Chunk:
     first: int
     stop: int
     byte: int
-    content: object
+    content: Any
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class ParsedRows:
     ids_offsets: np.ndarray
     codes: np.ndarray
     codes_offsets: np.ndarray
+
+    def row(self, i: int) -> dict:
+        """The column values of row i, which must not be in error."""
+        values = self.values[i]
+        assert isinstance(values, dict), values
+        return values
 
 
 def read_chunks(path: Path, columns: Sequence[str] | None, row: int = 0, byte: int = 0) -> Iterator[Chunk]:

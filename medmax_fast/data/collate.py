@@ -116,9 +116,10 @@ class PackBuffers:
         pinned: page-locked, for copies to a GPU that go on beside the program. InputError without a GPU.
         """
         front = () if slots is None else (slots,)
-        ids = [_empty((*front, length), "int64", pinned) for _ in range(3)]
+        input_ids, labels, position_ids = (_empty((*front, length), "int64", pinned) for _ in range(3))
         cu_seqlens = _empty((*front, sequences + 1), "int32", pinned)
-        return cls(*ids, cu_seqlens, _empty((*front, length), "float32", pinned) if weights else None)
+        loss_weights = _empty((*front, length), "float32", pinned) if weights else None
+        return cls(input_ids, labels, position_ids, cu_seqlens, loss_weights)
 
     def __getitem__(self, slot: int) -> "PackBuffers":
         weights = None if self.loss_weights is None else self.loss_weights[slot]
@@ -171,15 +172,27 @@ def collate(
         cu_seqlens = cu_seqlens[: sequences + 1]
     total = int(cu_seqlens[-1])
     if buffers is None:
-        arrays = (np.empty(total, dtype=np.int64) for _ in range(3))
+        input_ids, label_ids, position_ids = (np.empty(total, dtype=np.int64) for _ in range(3))
         loss_weights = None if weights is None else np.empty(total, dtype=np.float32)
-        buffers = PackBuffers(*arrays, cu_seqlens, loss_weights)
+        buffers = PackBuffers(input_ids, label_ids, position_ids, cu_seqlens, loss_weights)
     elif total > len(buffers.input_ids):
         raise InputError(f"a pack of {total} ids, buffers for {len(buffers.input_ids)}")
     longest = reported_longest(shape, longest)
-    out = buffers.input_ids, buffers.labels, buffers.position_ids
-    options = {"policy": labels, "pad": shape.pad, "weights": weights, "loss_weights": buffers.loss_weights}
-    targets = _csrc.fill_pack(ids, offsets, rows, cu_seqlens, eot, threads, *out, **options)
+    targets = _csrc.fill_pack(
+        ids,
+        offsets,
+        rows,
+        cu_seqlens,
+        eot,
+        threads,
+        buffers.input_ids,
+        buffers.labels,
+        buffers.position_ids,
+        policy=labels,
+        pad=shape.pad,
+        weights=weights,
+        loss_weights=buffers.loss_weights,
+    )
     return buffers.batch(total, len(cu_seqlens), longest, rows, targets)
 
 
@@ -209,7 +222,7 @@ def target_counts(
 def collate_ref(
     ids: np.ndarray,
     offsets: np.ndarray,
-    rows: np.ndarray,
+    rows: np.ndarray | list[int],
     eot: int,
     *,
     max_length: int = 0,

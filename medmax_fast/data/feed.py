@@ -36,6 +36,7 @@ class Loaded:
     @property
     def digest(self) -> bytes:
         """The key of the content, for Contents."""
+        assert self.sha256 is not None, "not read yet"
         return bytes.fromhex(self.sha256)[:DIGEST_BYTES]
 
 
@@ -74,7 +75,7 @@ class ImageLoader:
                 # Computed here, so that the thread that feeds the GPU finds them made.
                 filters(*picture.size)
             else:
-                loaded.pixels = fit(picture.pixels)
+                loaded.pixels = fit(picture.decoded)
             clock.stop("preprocess")
         except ImageError as error:
             loaded.reason = error.reason
@@ -100,7 +101,7 @@ class _Clock:
 
 def load_ahead(tasks: Iterable, load: Callable, workers: int, ahead: int) -> Iterator[tuple]:
     """Yield (task, load(task), seconds waited for it) in order, with `ahead` tasks under way in `workers` threads."""
-    tasks, under_way = iter(tasks), deque()
+    tasks, under_way = iter(tasks), deque[tuple]()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
         while True:

@@ -8,7 +8,8 @@ from pathlib import Path
 from medmax_fast.data.archive import Archive, is_archive
 from medmax_fast.data.images import SUFFIXES, ImageError, list_images, read_file
 from medmax_fast.data.rows import column_names, place, read_rows, typed
-from medmax_fast.runtime import InputError, hash_file
+from medmax_fast.files import hash_file
+from medmax_fast.runtime import InputError
 
 DEFAULT_KEYS = ("img_path", "image_path")
 
@@ -65,7 +66,7 @@ def read_image_list(
             cell = typed(values, key, str, list)
             cells = cell if isinstance(cell, list) else [cell or ""]
             if not all(isinstance(path, str) for path in cells):
-                raise InputError(f"{key} holds a list of something else than paths")
+                raise InputError(f"{key} is a list that holds something other than paths")
         except InputError as error:
             raise InputError(f"{source}: {place(source, row)}: {error}") from error
         paths += cells

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medmax_fast.data.claims import Claims
-from medmax_fast.runtime import InputError, read_json, remove, write_json
+from medmax_fast.files import read_json, remove, write_json
+from medmax_fast.runtime import InputError
 
 SETTINGS_FILE, JOURNAL_FILE, LOCK_FILE = "resume.json", "journal.jsonl", ".lock"
 

@@ -13,6 +13,7 @@ a C++ thread fills packs while the ones before are in use (data.prefetch).
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from medmax_fast.data.collate import PackedBatch, collate, target_counts
 from medmax_fast.data.long_rows import cut_rows, planned_lengths
 from medmax_fast.data.packing import Plan, plan_epoch
 from medmax_fast.data.prefetch import prefetch
+from medmax_fast.data.store import TokenStore
 from medmax_fast.runtime import InputError
 
 # The planner keeps one list head per possible room.
@@ -47,10 +49,11 @@ class PackedLoader:
 
     store: a TokenStore (`.ids`, `.offsets`, `.lengths`, `.layout`). pack_length: ids per pack. packs_per_step: packs
     of one optimizer step over all ranks. max_length: most ids of a row (0: as many as a pack holds); `too_long` says
-    what happens to longer ones: `skip` leaves them out, `cut` cuts them (data.long_rows). `world` ranks share each
-    step. labels: one of collate.LABEL_POLICIES. ahead: packs filled ahead by a thread; the arrays of a step are then
-    overwritten once the next step has been asked for (0: no thread, and every step has arrays of its own). pinned: the
-    thread fills page-locked memory, from which copies to a GPU do not block.
+    what happens to longer ones: `skip` leaves them out, `cut` cuts them (data.long_rows). seed: of the order of rows,
+    another one each epoch. rank: this process, of `world` that share each step. labels: one of
+    collate.LABEL_POLICIES. ahead: packs filled ahead by a thread; the arrays of a step are then overwritten once the
+    next step has been asked for (0: no thread, and every step has arrays of its own). pinned: the thread fills
+    page-locked memory, from which copies to a GPU do not block.
 
     `lengths`: int64 [N] ids of each row as trained, 0 if left out; `left_out`, `cut`: int64 row numbers.
 
@@ -59,7 +62,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        store,
+        store: TokenStore,
         pack_length: int,
         packs_per_step: int,
         seed: int,
@@ -154,7 +157,7 @@ class PackedLoader:
                 yield replace(collate(*source, chosen, eot, labels=self.labels), rows=plan.pack(pack))
             return
         keep = self.packs_per_step // self.world
-        options = {"labels": self.labels, "depth": self.ahead, "keep": keep, "pinned": self.pinned}
+        options: dict[str, Any] = {"labels": self.labels, "depth": self.ahead, "keep": keep, "pinned": self.pinned}
         with prefetch(*source, rows, plan.offsets, order, eot, capacity=self.pack_length, **options) as stream:
             for pack, batch in zip(order, stream, strict=True):
                 yield replace(batch, rows=plan.pack(pack))
@@ -193,5 +196,5 @@ class PackedLoader:
     def _order(self) -> dict:
         """Everything that the order of rows depends on; the number of ranks is not part of it."""
         names = ("pack_length", "packs_per_step", "seed", "limit", "too_long")
-        digest = hashlib.sha256(self.lengths.astype("<i8", copy=False)).hexdigest()
+        digest = hashlib.sha256(self.lengths.astype("<i8", copy=False).data).hexdigest()
         return {**{name: getattr(self, name) for name in names}, "lengths": digest}

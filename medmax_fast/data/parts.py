@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import deque
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from medmax_fast.runtime import InputError
 
@@ -166,7 +167,7 @@ class Gunzip:
         self._position = 0
         self._input = b""
         # None between two gzip members and at both ends.
-        self._inflate = None
+        self._inflate: Any = None
         self._chunks: deque[bytes] = deque()
         self._start = self._end = 0
 

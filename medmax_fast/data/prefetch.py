@@ -48,8 +48,8 @@ def prefetch(
     weights = row_weights(weights, len(plan_rows))
     most_rows = min(int(np.diff(plan_offsets).max(initial=0)), len(plan_rows))
     sequences = shape.sequences or most_rows + (shape.length > 0)
-    sizes = {"weights": weights is not None, "pinned": pinned, "slots": depth + keep}
-    ring = PackBuffers.allocate(max(capacity, shape.length), sequences, **sizes)
+    length = max(capacity, shape.length)
+    ring = PackBuffers.allocate(length, sequences, weights=weights is not None, pinned=pinned, slots=depth + keep)
     stream = _csrc.Prefetcher(
         ids,
         offsets,

@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from medmax_fast.runtime import InputError, require_file
+from medmax_fast.files import require_file
+from medmax_fast.runtime import InputError
 
 _KINDS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 PARQUET_BATCH = 1024
@@ -71,7 +72,9 @@ def typed(values: dict, name: str, *kinds: type):
 def unicode_text(text: str | None, name: str) -> str | None:
     """The text; InputError for half of a surrogate pair, which JSON can spell and no file or tokenizer takes."""
     try:
-        return text if text is None or text.isascii() else text.encode() and text
+        if text is not None and not text.isascii():
+            text.encode()
+        return text
     except UnicodeEncodeError:
         raise InputError(f"{name} holds a lone surrogate, expected Unicode text") from None
 
@@ -99,15 +102,15 @@ def json_object(line: bytes) -> dict:
     """One line of JSONL; InputError (the caller adds the place) if it is anything but an object."""
     try:
         values = json.loads(line)
-        reason = "" if isinstance(values, dict) else f"{type(values).__name__} {_short(values)}"
+        if isinstance(values, dict):
+            return values
+        reason = f"{type(values).__name__} {_short(values)}"
     except json.JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg} at column {error.colno})"
     # ValueError: besides text that is not UTF-8, an integer of thousands of digits.
     except (ValueError, RecursionError) as error:
         reason = f"not valid JSON ({_first_line(error)})"
-    if reason:
-        raise InputError(f"{reason}, expected a JSON object")
-    return values
+    raise InputError(f"{reason}, expected a JSON object")
 
 
 def _read_csv(path: Path, columns, on_bad: OnBad | None) -> Iterator[tuple[int, dict]]:

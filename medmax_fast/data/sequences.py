@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medmax_fast.runtime import InputError, hash_file, require_file
+from medmax_fast.files import hash_file, read_text
+from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IMAGE_IDS, IdLayout, TextTokenizer
 
 _TOKENIZER_FILES = ("tokenizer/text_tokenizer_modified.json", "tokenizer/text_tokenizer.json", "tokenizer.json")
@@ -22,7 +23,8 @@ def open_tokenizer(checkpoint: str | Path) -> TextTokenizer:
     """The text tokenizer of a checkpoint folder in either layout, its checksum verified; needs no weights."""
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder")
+        found = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}, expected the folder of a checkpoint")
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             _verify(folder / name)
@@ -32,7 +34,7 @@ def open_tokenizer(checkpoint: str | Path) -> TextTokenizer:
 
 def _verify(path: Path) -> None:
     checklist = path.parent / "checklist.chk"
-    lines = require_file(checklist).read_text().splitlines() if checklist.exists() else []
+    lines = read_text(checklist).splitlines() if checklist.exists() else []
     for line in lines:
         expected, _, name = line.partition(" ")
         if name.strip().lstrip("*") == path.name and hash_file(path, "md5") != expected:
@@ -123,8 +125,8 @@ def expand_rows(
     """
     from medmax_fast import _csrc
 
-    special = [layout.bos, layout.eos, layout.image_start, layout.num_codes, layout.eoi, layout.boi]
-    special = np.array([*special, layout.placeholder, layout.vocab_size], dtype=np.int64)
+    image_ids = (layout.image_start, layout.num_codes, layout.eoi, layout.boi, layout.placeholder)
+    special = np.array([layout.bos, layout.eos, *image_ids, layout.vocab_size], dtype=np.int64)
     flags = np.zeros(len(text_offsets) - 1, np.uint8) if ready is None else np.ascontiguousarray(ready, np.uint8)
     wide = layout.vocab_size > 1 << 16
     parts = _csrc.expand_rows(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.codes import CODES_COLUMN, MANIFEST_FILE, PATH_COLUMN, REJECTED_FILE, read_codes
-from medmax_fast.runtime import atomic_path, hash_file, read_json, remove, write_json
+from medmax_fast.files import atomic_path, hash_file, read_json, remove, write_json
 from medmax_fast.vocab import IMAGE_CODES
 
 # Bytes of a content digest: the first half of a sha256.
@@ -163,7 +163,8 @@ class Shards:
 
 def totals(records: list[dict]) -> dict:
     """Sums over records: images, encoded, rejected, notes, and seconds by stage."""
-    seconds, notes = Counter(), Counter()
+    seconds: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for record in records:
         seconds.update(record["seconds"])
         notes.update(record["notes"])
@@ -185,6 +186,8 @@ class Contents:
         # replaced as a whole, because the loading threads look into it.
         self._table = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.int64)
         self._known: set[int] = set()
+        # Input images in the shards known to be published that have no codes.
+        self.rejected = 0
         self._codes: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def refresh(self) -> None:
@@ -192,13 +195,15 @@ class Contents:
         parts = [self._table]
         for shard in sorted(set(self._shards.done()) - self._known):
             self._known.add(shard)
-            digests = bytes.fromhex(read_json(self._shards.record_path(shard))["digests"])
-            halves = np.frombuffer(digests, "<u8").reshape(-1, 2)
+            record = read_json(self._shards.record_path(shard))
+            self.rejected += len(record["rejected"])
+            halves = np.frombuffer(bytes.fromhex(record["digests"]), "<u8").reshape(-1, 2)
             parts.append((*halves.T, shard * self._shards.rows_per_shard + np.arange(len(halves))))
         if len(parts) > 1:
             table = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
             order = np.argsort(table[0], kind="stable")
-            self._table = tuple(column[order] for column in table)
+            keys, rests, places = (column[order] for column in table)
+            self._table = keys, rests, places
 
     def _place(self, digest: bytes) -> int | None:
         keys, rests, places = self._table
@@ -215,12 +220,14 @@ class Contents:
         """Input images in the shards known to be published."""
         return sum(len(self._shards.rows(shard)) for shard in self._known)
 
-    def __contains__(self, digest: bytes) -> bool:
-        return self._place(digest) is not None
+    def __contains__(self, digest: object) -> bool:
+        return isinstance(digest, bytes) and self._place(digest) is not None
 
     def codes(self, digest: bytes) -> np.ndarray:
         """Codes uint16 [1024] of a content that is in here."""
-        shard, row = divmod(self._place(digest), self._shards.rows_per_shard)
+        place = self._place(digest)
+        assert place is not None, "no such content"
+        shard, row = divmod(place, self._shards.rows_per_shard)
         if shard not in self._codes:
             batches = read_codes(self._shards.codes_path(shard), self._num_codes)
             self._codes[shard] = np.concatenate([codes for _, codes in batches])

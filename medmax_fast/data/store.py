@@ -4,7 +4,7 @@
     offsets.npy    int64 [N + 1], where row i is ids[offsets[i] : offsets[i + 1]]
     rows.parquet   per row: key (input file and row number), task, source
     manifest.json  id layout, counts, sha256 of each file and of itself, tokenizer hash, settings
-    settings.json  what the store was made from (see runtime.open_output)
+    settings.json  what the store was made from (see files.open_output)
 
 Writing streams: 8 bytes a row stay in memory. Opening verifies every checksum (about 0.5 s per gigabyte on a
 current processor) unless told not to, so that a damaged store is an error and never a wrong token.
@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from medmax_fast.runtime import InputError, hash_file, read_json, require_file, write_json
+from medmax_fast.files import hash_file, read_json, require_file, write_json
+from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IdLayout
 
 IDS_FILE, OFFSETS_FILE, ROWS_FILE, MANIFEST_FILE = "ids.bin", "offsets.npy", "rows.parquet", "manifest.json"
@@ -45,6 +47,7 @@ def _manifest_digest(manifest: dict) -> str:
 class TokenStore:
     """Read a store folder; `store.row(i)` is the ids of row i. InputError if it is incomplete or damaged.
 
+    verify: compare every file with its checksum first.
     ids: memmap [total] uint16 or uint32; offsets: int64 [N + 1]; lengths: int64 [N]; layout: IdLayout;
     tasks, sources, keys: list[str], one per row, read on first use.
     """
@@ -62,9 +65,11 @@ class TokenStore:
             checksums = dict(self.manifest["sha256"])
             digest = self.manifest.get(_SELF)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise InputError(f"{self.path / MANIFEST_FILE}: not a store manifest ({error!r})") from error
+            reason = f"not a store manifest ({error!r})"
+            raise InputError(f"{self.path / MANIFEST_FILE}: {reason}; build the store again") from error
         if version != FORMAT_VERSION or dtype not in (np.uint16, np.uint32):
-            raise InputError(f"{self.path / MANIFEST_FILE}: format {version!r} of {dtype}, expected {FORMAT_VERSION}")
+            found = f"format {version!r} of {dtype}, expected {FORMAT_VERSION}"
+            raise InputError(f"{self.path / MANIFEST_FILE}: {found}; build the store again")
         # Stores of before this entry have none.
         if digest is not None and digest != _manifest_digest(self.manifest):
             raise InputError(f"{self.path / MANIFEST_FILE}: damaged ({_SELF} differs); build the store again")
@@ -74,7 +79,8 @@ class TokenStore:
         self.lengths = np.diff(self.offsets)
         size = require_file(self.path / IDS_FILE).stat().st_size
         if size != total * dtype.itemsize:
-            raise InputError(f"{self.path / IDS_FILE}: {size} bytes, expected {total * dtype.itemsize}")
+            expected = total * dtype.itemsize
+            raise InputError(f"{self.path / IDS_FILE}: {size} bytes, expected {expected}; build the store again")
         # An empty file cannot be mapped.
         self.ids = np.memmap(self.path / IDS_FILE, dtype, "r") if total else np.zeros(0, dtype)
 
@@ -89,9 +95,10 @@ class TokenStore:
         try:
             offsets = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: not an array of offsets ({error})") from error
+            raise InputError(f"{path}: not an array of offsets ({error}); build the store again") from error
         if offsets.shape != (self._rows + 1,) or offsets.dtype != np.int64:
-            raise InputError(f"{path}: {offsets.dtype} {offsets.shape}, expected int64 ({self._rows + 1},)")
+            expected = f"int64 ({self._rows + 1},)"
+            raise InputError(f"{path}: {offsets.dtype} {offsets.shape}, expected {expected}; build the store again")
         if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) <= 0).any():
             raise InputError(f"{path}: offsets do not rise from 0 to {total}; build the store again")
         return offsets
@@ -114,21 +121,25 @@ class TokenStore:
         try:
             table = parquet.read_table(path, columns=list(_ROW_COLUMNS))
         except (pyarrow.ArrowException, OSError, KeyError) as error:
-            raise InputError(f"{path}: corrupt Parquet ({str(error).splitlines()[0]})") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: corrupt Parquet ({reason}); build the store again") from error
         if table.num_rows != self._rows:
-            raise InputError(f"{path}: {table.num_rows} rows, expected {self._rows}")
+            raise InputError(f"{path}: {table.num_rows} rows, expected {self._rows}; build the store again")
         return {name: table.column(name).to_pylist() for name in _ROW_COLUMNS}
 
     @property
     def keys(self) -> list[str]:
+        """Per row the input file and the row's number in it."""
         return self._columns["key"]
 
     @property
     def tasks(self) -> list[str]:
+        """Per row its task, "" where the input named none."""
         return self._columns["task"]
 
     @property
     def sources(self) -> list[str]:
+        """Per row its source, "" where the input named none."""
         return self._columns["source"]
 
 
@@ -154,10 +165,10 @@ class RowsWriter:
         self.tasks: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._parquet.close()
 
     def add(self, length: int, key: str, task: str = "", source: str = "") -> None:
@@ -177,7 +188,7 @@ class RowsWriter:
         self._parquet.write_table(pyarrow.table([list(c) for c in columns], schema=self._schema))
         self._pending.clear()
 
-    def finish(self, ids_sha256: str, **more) -> dict:
+    def finish(self, ids_sha256: str, **more: object) -> dict:
         """Complete the files and write the manifest, with the entries of `more` in it; returns the manifest."""
         self._flush()
         self._parquet.close()
@@ -209,7 +220,7 @@ class StoreWriter(RowsWriter):
         self._file = open(self.path / IDS_FILE, "wb")  # noqa: SIM115
         self._digest = hashlib.sha256()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__()
         self._file.close()
 
@@ -221,13 +232,13 @@ class StoreWriter(RowsWriter):
         self._digest.update(data)
         self.add(len(ids), key, task, source)
 
-    def close(self, **more) -> dict:
+    def close(self, **more: object) -> dict:
         """Finish the files and write the manifest, with the entries of `more` in it; returns the manifest."""
         self._file.close()
         return self.finish(self._digest.hexdigest(), **more)
 
 
-def write_store(folder: str | Path, layout: IdLayout, rows: Iterable[tuple], **more) -> TokenStore:
+def write_store(folder: str | Path, layout: IdLayout, rows: Iterable[tuple], **more: object) -> TokenStore:
     """A store of (ids, key, task, source) rows at `folder`, in one call (tests, small data); returns it opened."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with StoreWriter(folder, layout) as writer:

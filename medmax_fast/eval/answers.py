@@ -15,9 +15,10 @@ from pathlib import Path
 from medmax_fast.data.rows import read_rows
 from medmax_fast.eval.backends.protocol import Answer
 from medmax_fast.eval.samples import Given
+from medmax_fast.files import atomic_path
 from medmax_fast.generate.writer import picture_name
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import InputError, atomic_path
+from medmax_fast.runtime import InputError
 
 PICTURES = "pictures"
 # Facts of a model that tell one from another.
@@ -92,7 +93,8 @@ class Answers:
 
         InputError where batches were answered by different models, as for a file that is damaged.
         """
-        facts, found = {}, {}
+        facts: dict = {}
+        found: dict[str, Given] = {}
         for number in range(len(self._batches)):
             told, rows = self._rows(number)
             facts = unite(facts, told, self._folder)

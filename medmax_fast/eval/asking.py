@@ -101,7 +101,8 @@ def batches(data: EvalData, asks: Sequence[Ask], budget: int) -> list[list[int]]
 
 def _split(members: list[int], costs: list[int], budget: int) -> list[list[int]]:
     """One image's questions, in parts of at most `budget` ids."""
-    parts, total = [[]], 0
+    parts: list[list[int]] = [[]]
+    total = 0
     for member, cost in zip(members, costs, strict=True):
         if parts[-1] and total + cost > budget:
             parts.append([])

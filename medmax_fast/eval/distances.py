@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from medmax_fast.eval.similarity import Encoder, Picture, read_pictures
-from medmax_fast.runtime import InputError, progress
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError
 
 # KID: pictures per subset (as many as the published task has), and the seed that draws the subsets.
 KID_SUBSET = 100

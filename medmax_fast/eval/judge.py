@@ -20,7 +20,8 @@ from pathlib import Path
 
 from medmax_fast.eval.servers.chat import ChatClient, ChatError
 from medmax_fast.eval.servers.spending import cost
-from medmax_fast.runtime import InputError, one_line, read_json, require_file
+from medmax_fast.files import read_json, require_file
+from medmax_fast.runtime import InputError, one_line
 
 ROLE = (
     "You grade answers to medical questions, carefully and without favour. You do not see the image that a question "
@@ -238,7 +239,7 @@ class Judge:
                 # Something ended this early; the other threads must not go on trying for minutes.
                 self.client.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-        return verdicts
+        return {case_id: verdict for case_id, verdict in verdicts.items() if verdict is not None}
 
     def facts(self) -> dict:
         """What results.json says of the judge: the client's facts, the prompts' digest, temperature (None where the
@@ -278,7 +279,7 @@ class _Request:
 
 def _requests(cases: list[Case], prompts: JudgePrompts) -> dict[str, _Request]:
     """What there is to ask, each request once with the ids of its cases, by its digest."""
-    requests = {}
+    requests: dict[str, _Request] = {}
     for case in cases:
         if without_call(case) is None:
             messages = prompts.messages(case)

@@ -66,7 +66,8 @@ def _data(data: EvalData) -> list[str]:
             f"{odd[0].id}; medmax-v1 never counts such a row right"
         )
     for question in data.questions:
-        key = question.task_id, question.prompt, question.answer, data.images.get(question.path)
+        image = question.path and data.images.get(question.path)
+        key = question.task_id, question.prompt, question.answer, image
         if key in seen:
             repeated.append(question.id)
         seen.add(key)

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medmax_fast.config import PROTOCOLS, EvalConfig
 from medmax_fast.eval.backends.openai import OpenAIBackend
@@ -12,16 +13,8 @@ from medmax_fast.eval.judge import Judge, load_prompts
 from medmax_fast.eval.servers.chat import ChatClient, key_from_environment
 from medmax_fast.eval.servers.spending import Meter, cost, price_of
 from medmax_fast.eval.similarity import available
-from medmax_fast.runtime import (
-    InputError,
-    comma_list,
-    hash_file,
-    hash_folder,
-    log,
-    pick_device,
-    pick_dtype,
-    require_at_least,
-)
+from medmax_fast.files import hash_file, hash_folder
+from medmax_fast.runtime import InputError, comma_list, log, pick_device, pick_dtype, require_at_least
 
 OPENAI = "https://api.openai.com/v1"
 # Environment variables that hold keys, the first that is set.
@@ -99,7 +92,7 @@ def check_flags(config: EvalConfig, backend: Backend | None) -> None:
     if config.backend != "native" and not config.model:
         raise InputError(f"--model: missing, needed with --backend {config.backend}")
     if config.budget and "openai" not in (config.backend, config.judge):
-        raise InputError("--budget: there is no server that costs anything")
+        raise InputError("--budget: there is no server that costs anything; leave it out")
     if config.backend != "native" and config.prompt_form == "base":
         raise InputError(f"--prompt-form base: --backend {config.backend} asks in turns, expected chat or tuned")
     for flag in ("ckpt", "model"):
@@ -166,7 +159,7 @@ def open_servers(config: EvalConfig, cache: Path) -> Servers:
     prices = price_of(config.model, config.price, "--price") if config.backend == "openai" else None
     judge_prices = price_of(config.judge_model, config.judge_price, "--judge-price")
     backend = judge = None
-    options = {"cache": cache, "meter": meter}
+    options: dict[str, Any] = {"cache": cache, "meter": meter}
     if config.backend == "openai":
         key = key_from_environment(*KEYS)
         client = ChatClient(_url(config.api_url), config.model, key, prices=prices, flag="--api-url", **options)

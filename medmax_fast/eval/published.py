@@ -5,6 +5,8 @@ BiomedCLIP). They were not measured by this package, and every table that shows 
 scores are in percent, cosines plain.
 """
 
+from typing import Any
+
 SOURCE = "MedMax (Bansal et al., NeurIPS 2025 Datasets and Benchmarks; arXiv 2412.12661), table of the project page"
 URL = "https://mint-medmax.github.io/"
 
@@ -36,7 +38,7 @@ _ROWS = {
 }
 
 # model -> {"average": printed mean of the 12 tasks, "tasks": task id -> accuracy}, in percent.
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     model: {"average": average, "tasks": dict(zip(TASK_IDS, values, strict=True))}
     for model, (average, values) in _ROWS.items()
 }

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from medmax_fast.data.rows import column_names, place, read_rows, typed, unicode_text
 from medmax_fast.eval.tasks import GOLD, Task, find_task, known_tasks
-from medmax_fast.runtime import InputError, comma_list, hash_file
+from medmax_fast.files import hash_file
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError, comma_list
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
 SOURCE = "source"
@@ -60,7 +62,7 @@ class EvalData:
 
     def cluster(self, question: Question) -> str:
         """What questions about one image have in common: its SHA-256, or the id of a question without one."""
-        return self.images.get(question.path, question.id)
+        return self.images.get(question.path, question.id) if question.path else question.id
 
 
 def load_questions(
@@ -79,7 +81,8 @@ def load_questions(
     if missing:
         raise InputError(f"{file}: no column {missing[0]!r}, expected {', '.join(COLUMNS)}")
     wanted = comma_list(tasks)
-    questions, skipped, problems, present = [], {}, [], {}
+    questions, problems, present = [], [], {}
+    skipped: dict[str, dict] = {}
     for number, values in read_rows(file, (*COLUMNS, SOURCE)):
         where = place(file, number)
         try:
@@ -208,7 +211,7 @@ def _texts(value) -> list[str]:
 
 def _first(questions: list[Question], limit: int) -> list[Question]:
     """The first `limit` questions of each task, and no more than the task itself takes."""
-    kept, counts = [], Counter()
+    kept, counts = [], Counter[str]()
     for question in questions:
         counts[question.task_id] += 1
         most = min(bound for bound in (limit, question.task.first, len(questions)) if bound > 0)
@@ -221,6 +224,7 @@ def _hash_images(questions: list[Question]) -> dict[Path, str]:
     paths = sorted({question.path for question in questions if question.path})
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            return dict(zip(paths, pool.map(hash_file, paths), strict=True))
+            digests = progress(pool.map(hash_file, paths), "hashing images", len(paths))
+            return dict(zip(paths, digests, strict=True))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -76,7 +76,9 @@ def figure(samples: list[dict], protocol: str, scores, metric: str) -> dict:
     clusters = [sample["cluster"] for sample in samples if scores(sample)[protocol] is not None]
     found = estimate(values[protocol], clusters, metric == "accuracy")
     least, most = BOUNDS[metric]
-    ends = [found.low, found.high] if found and found.low is not None and found.low < found.high else None
+    ends = None
+    if found and found.low is not None and found.high is not None and found.low < found.high:
+        ends = [max(found.low, least), min(found.high, most)]
     return {
         "value": found and found.mean,
         "stderr": found and found.stderr,
@@ -84,8 +86,8 @@ def figure(samples: list[dict], protocol: str, scores, metric: str) -> dict:
         "n": len(samples),
         "counted": len(clusters),
         "images": len(set(clusters)),
-        "ci95": ends and [max(ends[0], least), min(ends[1], most)],
-        "ci_method": found.method if ends else None,
+        "ci95": ends,
+        "ci_method": found.method if found and ends else None,
         "by_protocol": {name: math.fsum(v) / len(v) if v else None for name, v in values.items()},
     }
 
@@ -96,7 +98,7 @@ def _groups(samples: list[dict], protocol: str) -> dict:
         "source": ("accuracy", lambda sample: [sample["source"]]),
         "domain": ("relative_score", lambda sample: sample["domains"]),
     }
-    groups = {}
+    groups: dict[str, dict] = {}
     for name, (metric, keys) in kinds.items():
         groups[name] = {}
         scored = [sample for sample in samples if sample["metric"] == metric]

@@ -17,7 +17,7 @@ from medmax_fast.eval.answering import POLL_SECONDS, Answering, stable
 from medmax_fast.eval.answers import Answers, write_lines
 from medmax_fast.eval.asking import OPEN_END, ask_of, batches, prompts_hash
 from medmax_fast.eval.backends.protocol import Backend
-from medmax_fast.eval.distances import distances, open_features
+from medmax_fast.eval.distances import Features, distances, open_features
 from medmax_fast.eval.judge import estimate
 from medmax_fast.eval.notes import run_notes
 from medmax_fast.eval.opening import (
@@ -35,21 +35,11 @@ from medmax_fast.eval.opening import (
 )
 from medmax_fast.eval.questions import EvalData, load_questions
 from medmax_fast.eval.results import summarize, summary_table
-from medmax_fast.eval.samples import Given, Measured, judge_cases, make_sample, similarities
-from medmax_fast.eval.similarity import available, open_encoder
-from medmax_fast.runtime import (
-    InputError,
-    Progress,
-    comma_list,
-    hash_file,
-    log,
-    open_output,
-    pick_device,
-    rank_and_world,
-    read_json,
-    versions,
-    write_json,
-)
+from medmax_fast.eval.samples import Given, Measured, Similarities, judge_cases, make_sample, similarities
+from medmax_fast.eval.similarity import Encoder, available, open_encoder
+from medmax_fast.files import hash_file, open_output, read_object, write_json
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError, comma_list, kept, log, pick_device, rank_and_world, versions
 
 SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
@@ -58,8 +48,8 @@ RESULTS_FILE = "results.json"
 def evaluate(config: EvalConfig, backend: Backend | None = None) -> dict:
     """Run or continue an evaluation; returns what results.json holds, with a summary table and what servers cost.
 
-    `backend` is asked instead of one opened from the flags. InputError for bad data or settings, before any model is
-    loaded; a question that gets no answer counts under `failed`, and the others go on.
+    config: the flags of the command. `backend` is asked instead of one opened from the flags. InputError for bad data
+    or settings, before any model is loaded; a question that gets no answer counts under `failed`, and the others go on.
     """
     check_flags(config, backend)
     missing_parts = lacking(config, backend)
@@ -67,7 +57,9 @@ def evaluate(config: EvalConfig, backend: Backend | None = None) -> dict:
     if backend is None and any(q.task.kind == "drawing" for q in data.questions) and not can_draw(config):
         reason = f"{config.ckpt} has no VQGAN decoder, so it cannot draw; --vqgan gives it one"
         data = load_questions(config.data, config.tasks, config.limit, {**missing_parts, "drawing": reason})
-    return EvalRun(config, data, backend).run()
+    run = EvalRun(config, data, backend)
+    with kept(run.answering.kept):
+        return run.run()
 
 
 class EvalRun:
@@ -86,7 +78,8 @@ class EvalRun:
         }
         self.servers = open_servers(config, Path(config.output) / REPLIES)
         self._kinds = {question.task.kind for question in data.questions}
-        self.encoder = self._features = None
+        self.encoder: Encoder | None = None
+        self._features: Features | None = None
         self.scoring = self._scoring()
         self.folder = open_output(config.output, "eval", self._settings())
         plan = [[self.asks[i] for i in batch] for batch in batches(data, self.asks, batch_budget(config))]
@@ -106,7 +99,7 @@ class EvalRun:
             # Opened before the model answers for hours only to find that there is no encoder.
             self._open_measures()
             with Claims(self.answers.claims_path) as claims:
-                self.answering.work(claims, again, self._expected_judge() if self.servers.judge else None)
+                self.answering.work(claims, again, self._expected_judge())
                 while not claims.take(len(self.answers)):
                     time.sleep(POLL_SECONDS)
                 # Another process started by hand may have been faster.
@@ -128,7 +121,7 @@ class EvalRun:
         if self.answers.left() or not path.exists() or not samples.exists():
             return None
         try:
-            results = read_json(path)
+            results = read_object(path)
         except InputError:
             results = None
         made_from = {"answers": self.answers.digest(), "samples": hash_file(samples)}
@@ -147,8 +140,10 @@ class EvalRun:
 
     # ---- scores ----
 
-    def _expected_judge(self) -> dict:
+    def _expected_judge(self) -> dict | None:
         """What judging will take, before there are answers: as if each were as long as it may be."""
+        if self.servers.judge is None:
+            return None
         answers = {ask.id: Given("word " * (ask.new_tokens or OPEN_END)) for ask in self.asks}
         cases = judge_cases(self.data.questions, answers)
         return estimate(cases, self.servers.judge.prompts, self.servers.judge_prices)
@@ -164,12 +159,12 @@ class EvalRun:
             raise InputError(f"nothing to score: {notes[0]}")
         results = {**summarize(samples, self.config.protocol), **self._facts(facts, notes)}
         if self._features:
-            for task_id, found in self._distances(answers).items():
+            for task_id, found in self._distances(answers, self._features).items():
                 results["tasks"][task_id]["fid"] = found
         write_lines(self.folder / SAMPLES_FILE, samples)
         made_from = {"answers": digest, "samples": hash_file(self.folder / SAMPLES_FILE)}
         write_json(self.folder / RESULTS_FILE, {**results, "hashes": {**self.hashes, **made_from}})
-        return read_json(self.folder / RESULTS_FILE)
+        return read_object(self.folder / RESULTS_FILE)
 
     def _judge(self, answers: dict[str, Given]) -> dict | None:
         cases = judge_cases(self.data.questions, answers)
@@ -180,19 +175,19 @@ class EvalRun:
         with Progress("eval (verdicts)", len(cases)) as bar:
             return self.servers.judge.verdicts(cases, lambda: bar.update(bar.done + 1))
 
-    def _compare(self, answers: dict[str, Given]):
+    def _compare(self, answers: dict[str, Given]) -> Similarities | None:
         if self.encoder is None:
             return None
         folders = {"data": self.data.folder, "run": self.folder}
         return similarities(self.data.questions, answers, folders, self.encoder)
 
-    def _distances(self, answers: dict[str, Given]) -> dict[str, dict]:
+    def _distances(self, answers: dict[str, Given], features: Features) -> dict[str, dict]:
         """FID and KID per task of drawings, between the pictures drawn and the images of its rows."""
         found = {}
         for task_id in dict.fromkeys(q.task_id for q in self.data.questions if q.task.kind == "drawing"):
             rows = [q for q in self.data.questions if q.task_id == task_id]
             drawn = [self.folder / name for q in rows for name in answers[q.id].pictures]
-            measured = distances([q.path for q in rows if q.path], drawn, self._features)
+            measured = distances([q.path for q in rows if q.path], drawn, features)
             if measured:
                 found[task_id] = measured
             else:

@@ -128,7 +128,7 @@ def _marks(question: Question, given: Given, measured: Measured) -> dict:
     kind = question.task.kind
     if kind in ("yes_no", "letter"):
         marked = score(kind, question.answer, given.text)
-        scores = {name: float(marked[name]) for name in PROTOCOLS}
+        scores: dict[str, float | None] = {name: float(marked[name]) for name in PROTOCOLS}
         return _mark(scores, "answered" if marked["parsed"] else "unparsed", marked["parsed"])
     if question.task.judged:
         image = None

@@ -10,6 +10,7 @@ blended), but before they are resized rather than after.
 import contextlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from medmax_fast.data.images import ImageError, decode, read_file
-from medmax_fast.runtime import InputError, bars_on_terminals_only, hash_folder, one_line, progress, read_json
+from medmax_fast.files import hash_folder, read_object
+from medmax_fast.progress import bars_on_terminals_only, progress
+from medmax_fast.runtime import InputError, one_line
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 HUB_PREFIX = "hf-hub:"
@@ -28,7 +31,7 @@ BATCH = 32
 Picture = np.ndarray | str | os.PathLike
 
 
-class Encoder:
+class Encoder(ABC):
     """A dual encoder that is loaded, made by `open_encoder`; embeddings have length 1.
 
     Each library's subclass encodes one batch of pixels or of texts to features [n, D] that are not yet normalised.
@@ -69,10 +72,18 @@ class Encoder:
                 "dual encoder with one space for both"
             )
         # transformers makes an empty tokenizer where its files are missing.
-        if np.allclose(*texts, atol=1e-5):
+        if np.allclose(texts[0], texts[1], atol=1e-5):
             raise InputError(f"--clip {name}: all letters look the same to it; are its tokenizer's files complete?")
         self._facts["dim"] = picture.shape[1]
         return self
+
+    @abstractmethod
+    def _encode_images(self, batch: list[np.ndarray]):
+        """Features [n, D] of pixels."""
+
+    @abstractmethod
+    def _encode_texts(self, batch: list[str]):
+        """Features [n, D] of texts."""
 
     def _run(self, encode: Callable, batch: list) -> np.ndarray:
         import torch
@@ -87,7 +98,7 @@ class Encoder:
 
 
 class _OpenClip(Encoder):
-    def __init__(self, model, preprocess: Callable, tokenizer: Callable, device, facts: dict):
+    def __init__(self, model, preprocess: Callable, tokenizer, device, facts: dict):
         super().__init__(model, device, {**facts, "context": tokenizer.context_length})
         self.preprocess, self.tokenizer = preprocess, tokenizer
 
@@ -103,7 +114,7 @@ class _OpenClip(Encoder):
 
 
 class _Transformers(Encoder):
-    def __init__(self, model, processor: Callable, tokenizer: Callable, device, facts: dict):
+    def __init__(self, model, processor: Callable, tokenizer, device, facts: dict):
         positions = model.config.get_text_config().max_position_embeddings
         super().__init__(model, device, {**facts, "context": min(positions, tokenizer.model_max_length)})
         self.processor, self.tokenizer = processor, tokenizer
@@ -193,7 +204,7 @@ def _open_open_clip(name: str, folder: Path | None, device) -> Encoder:
 
 def _text_model_here(folder: Path) -> tuple[str, dict]:
     """Where the config of a text model with a hub name belongs, and open_clip's overrides if it lies there."""
-    config = read_json(folder / OPEN_CLIP_CONFIG)
+    config = read_object(folder / OPEN_CLIP_CONFIG)
     try:
         text = config["model_cfg"]["text_cfg"]
         local = folder / text["hf_model_name"]
@@ -267,11 +278,12 @@ def _batches(items: Sequence) -> list[Sequence]:
 
 def read_pictures(pictures: Sequence[Picture]) -> tuple[list[np.ndarray], list[str | None]]:
     """Pixels of those that can be read, and an error or None for each."""
-    pixels, errors = [], []
+    pixels: list[np.ndarray] = []
+    errors: list[str | None] = []
     for picture in pictures:
         try:
             if not isinstance(picture, np.ndarray):
-                picture = decode(read_file(picture), os.fspath(picture), alpha="drop", packed=True).pixels
+                picture = decode(read_file(picture), os.fspath(picture), alpha="drop", packed=True).decoded
             assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3, picture.shape
             pixels.append(picture)
             errors.append(None)

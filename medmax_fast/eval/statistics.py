@@ -241,7 +241,7 @@ def _flip_test(shares: np.ndarray) -> float:
     return float((hits + 1) / (FLIPS + 1))
 
 
-def _per_image(values: Sequence[float], clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _per_image(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the values of every image, float [images] each, images in order of their names."""
     values = np.asarray(values, float)
     assert len(values) == len(clusters) and np.isfinite(values).all()
@@ -276,7 +276,8 @@ def _interval(
     quantile = t_quantile(max(1, math.floor(weight + 1e-9) - 1))
     if binary:
         n = _effective_n(sums, sizes, quantile)
-        return *wilson(mean * n, n), "wilson"
+        low, high = wilson(mean * n, n)
+        return low, high, "wilson"
     error = _clustered_error(sums, sizes)
     if error is None:
         return None, None, None

@@ -12,24 +12,13 @@ import torch
 from torch import distributed
 
 from medmax_fast.config import GenerateConfig
+from medmax_fast.files import SETTINGS_FILE, hash_file, open_output, require_file, require_new
 from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.requests import PicturePiece, Request, Result, TextPiece
 from medmax_fast.generate.writer import OUTPUTS, Writer, count_rejected, picture_name, read_journal
 from medmax_fast.model.checkpoint import open_checkpoint
-from medmax_fast.runtime import (
-    SETTINGS_FILE,
-    InputError,
-    Progress,
-    TooManyRejected,
-    hash_file,
-    log,
-    open_output,
-    pick_device,
-    rank_and_world,
-    require_at_least,
-    require_file,
-    require_new,
-)
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError, TooManyRejected, info, kept, pick_device, rank_and_world, require_at_least
 
 # What runs where, how much at a time and what is shown meanwhile does not change the output.
 _NOT_SETTINGS = ("output", "prompt", "image", "batch_size", "device", "cache_gb", "preview")
@@ -72,10 +61,11 @@ def _generate_file(config: GenerateConfig) -> dict:
         return {"events": sum(1 for _ in events)}
     writer = Writer(open_output(output, "generate", settings), engine, config.preview)
     if done:
-        log(f"generate: {len(done)} of {len(requests)} prompts are already answered in {config.output}")
-    with Progress("generate (prompts)", len(requests), len(done)) as bar:
-        writer.write(events, bar)
-    writer.finish([request.id for request in requests])
+        info(f"generate: {len(done)} of {len(requests)} prompts are already answered in {config.output}")
+    with kept(lambda: _kept(output, len(requests))):
+        with Progress("generate (prompts)", len(requests), len(done), count_rejected(output)) as bar:
+            writer.write(events, bar)
+        writer.finish([request.id for request in requests])
     return _summary(output, len(requests))
 
 
@@ -89,6 +79,12 @@ def _look_up(output: Path, settings: dict) -> tuple[bool, set[str]] | InputError
     except InputError as error:
         return error
     return read_journal(output)
+
+
+def _kept(output: Path, prompts: int) -> str:
+    """What an interrupted run keeps."""
+    finished, done = read_journal(output)
+    return f"{prompts if finished else len(done)} of {prompts} answers are kept in {output}"
 
 
 def _summary(output: Path, prompts: int) -> dict:
@@ -160,7 +156,7 @@ def read_prompts(path: str, config: GenerateConfig) -> list[Request]:
     for number, line in enumerate(require_file(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{path}: line {number}"
         try:
             row = json.loads(line.decode())
             # Half of a surrogate pair, as \ud83d alone, is no text that could be encoded or written.
@@ -173,7 +169,7 @@ def read_prompts(path: str, config: GenerateConfig) -> list[Request]:
             raise InputError(f"{where}: expected either content or token_ids")
         key = "content" if "content" in row else "token_ids"
         if not isinstance(row[key], list):
-            raise InputError(f"{where}: {key} is a {type(row[key]).__name__}, expected a list")
+            raise InputError(f"{where}: {key} is {type(row[key]).__name__}, expected a list")
         if str(row["id"]) in seen:
             raise InputError(f"{where}: id {row['id']!r} occurs twice")
         seen.add(str(row["id"]))

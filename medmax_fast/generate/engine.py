@@ -6,6 +6,7 @@ generate/session.py.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from medmax_fast.model.decoder import Decoder
 from medmax_fast.model.layout import MAX_POSITIONS
 from medmax_fast.runtime import InputError, available_bytes, pick_device, pick_dtype
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # Of the memory that is free once the weights are loaded, the share that keys and values get.
 CACHE_SHARE = 0.75
 
@@ -29,7 +33,10 @@ class Engine:
     """A loaded checkpoint that generates. Not thread-safe: one `generate` or `stream` call at a time."""
 
     def __init__(self, decoder: Decoder, encoder: PromptEncoder, positions: int, lag: int | None = None):
-        """positions: that the cache holds. lag: turns that may be launched before ids are read (1 on a GPU, else 0)."""
+        """decoder: the model. encoder: what turns its prompts into ids. positions: that the cache holds.
+
+        lag: turns that may be launched before ids are read (1 on a GPU, else 0).
+        """
         self.decoder, self.encoder = decoder, encoder
         self.tokenizer, self.layout = encoder.tokenizer, encoder.tokenizer.layout
         self.device = decoder.device
@@ -46,12 +53,14 @@ class Engine:
         precision: str = "auto",
         quantize: str = "none",
         cache_gb: float = 0.0,
-        group=None,
+        group: "ProcessGroup | None" = None,
     ) -> "Engine":
-        """Load a checkpoint in either layout, a folder or open; InputError names what is wrong with it.
+        """Load a checkpoint; InputError names what is wrong with it.
 
-        cache_gb: memory for keys and values, 0 for three quarters of what is free. group: the torch.distributed
-        process group that shares the model's layers; every rank then makes the same calls and gets the same results.
+        path: a folder in either layout, or an open Checkpoint. device: auto, cpu or cuda. precision: auto (bf16 on a
+        GPU, fp32 on a CPU), fp32, bf16 or fp16. quantize: none, int8 or fp8, of the layers' weights. cache_gb: GB
+        for keys and values, 0 for three quarters of what is free. group: the torch.distributed process group that
+        shares the model's layers; every rank then makes the same calls and gets the same results.
         """
         device = pick_device(device)
         # Opened once: opening checks the files' checksums.
@@ -61,7 +70,8 @@ class Engine:
         positions = min(int(size) // position_bytes(decoder), MAX_STREAMS * MAX_POSITIONS)
         positions = decoder.least(positions) // PAGE * PAGE
         if positions < PAGE:
-            raise InputError(f"no memory for keys and values: {size / 1e9:.2f} GB hold {positions} positions")
+            found = f"{size / 1e9:.2f} GB hold {positions} positions"
+            raise InputError(f"no memory for keys and values: {found}; raise cache_gb")
         return cls(decoder, PromptEncoder(checkpoint, device), positions)
 
     def decode_images(self, codes: np.ndarray) -> np.ndarray:
@@ -99,7 +109,8 @@ class Engine:
         return [results[number] for number in range(len(requests))]
 
     def stream(self, requests: list[Request], batch_size: int = 16) -> Iterator[Event]:
-        """Run all requests; gives text and pictures piece by piece as they are made, and each request's Result last.
+        """Run all requests, at most `batch_size` at a time; gives text and pictures as they are made, and each
+        request's Result last.
 
         Closing the iterator ends the requests that are still running.
         """

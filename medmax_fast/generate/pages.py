@@ -130,8 +130,10 @@ class PagePool:
 
     def settle(self) -> None:
         """All forward passes announced so far are launched."""
-        for announced in (*self._unsettled, *self._announced):
-            announced.settled = True
+        for page in self._unsettled:
+            page.settled = True
+        for lease in self._announced:
+            lease.settled = True
         self._unsettled, self._announced = [], []
 
     def drop_unsettled(self) -> None:

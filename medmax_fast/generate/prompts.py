@@ -7,12 +7,13 @@ import numpy as np
 from torch import distributed
 
 from medmax_fast.data.images import load_image
+from medmax_fast.files import hash_file, require_file
 from medmax_fast.generate import grammar
 from medmax_fast.generate.requests import Request
 from medmax_fast.model.checkpoint import Checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer
 from medmax_fast.model.picture_decoder import PictureDecoder
-from medmax_fast.runtime import InputError, hash_file, require_file
+from medmax_fast.runtime import InputError
 from medmax_fast.vocab import TextTokenizer
 
 # Codes of the last images seen, 2 KB each: several questions about one image tokenize it once.
@@ -71,26 +72,27 @@ class PromptEncoder:
         return answers
 
     def remember(self, file: bytes, codes: np.ndarray) -> None:
-        """Take an image file of exactly these bytes for these codes [1024], as of a picture that was drawn from them."""
+        """Take an image file of exactly these bytes for these codes [1024], as of a picture drawn from them."""
         self._codes[hashlib.sha256(file).hexdigest()] = codes.astype(np.uint16)
 
     def _encode(self, request: Request, codes: dict[str, np.ndarray | InputError]) -> list[int] | InputError:
-        layout = self.tokenizer.layout
+        layout, most = self.tokenizer.layout, request.max_length
         try:
             request.check()
             if request.token_ids is not None:
                 ids = self._check_ids(request.token_ids)
             else:
-                ids = [layout.bos, *self._content_ids(request.content, codes)]
+                # Request.check has seen that there is one or the other.
+                ids = [layout.bos, *self._content_ids(request.content or [], codes)]
                 if request.eot:
                     ids.append(layout.eot)
             if request.mode == "image":
                 if ids[-1] != layout.boi:
                     ids.append(layout.boi)
-                if not grammar.room_for_image(len(ids), request.max_length):
-                    raise InputError(f"a prompt of {len(ids)} ids leaves no room for a picture in {request.max_length}")
-            elif len(ids) >= request.max_length:
-                raise InputError(f"a prompt of {len(ids)} ids leaves no room in {request.max_length}")
+                if not grammar.room_for_image(len(ids), most):
+                    raise InputError(f"a prompt of {len(ids)} ids leaves no room for a picture in max_length {most}")
+            elif len(ids) >= most:
+                raise InputError(f"a prompt of {len(ids)} ids leaves no room in max_length {most}")
         except InputError as error:
             return error
         return ids
@@ -151,7 +153,10 @@ class PromptEncoder:
                     codes = self.image_tokenizer.encode(np.stack([pixels for _, pixels in batch]))
                     self._codes.update(zip((key for key, _ in batch), codes.astype(np.uint16), strict=True))
         for path, key in keys.items():
-            found[path] = key if isinstance(key, InputError) else errors.get(key, self._codes.get(key))
+            if isinstance(key, InputError):
+                found[path] = key
+            else:
+                found[path] = errors[key] if key in errors else self._codes[key]
         while len(self._codes) > CACHED_IMAGES:
             self._codes.pop(next(iter(self._codes)))
         return found

@@ -17,7 +17,10 @@ class Request:
     conversation, {"type": "eot"}; or token_ids, fed as they are.
     mode: "text", "image" (exactly one picture; boi is appended unless there) or "any" (interleaved).
     max_new_tokens: text ids per stretch of text; max_length: prompt and output together. A temperature of 0 takes the
-    likeliest id, as `greedy` does for text and pictures. Random numbers come from (seed, id) and the position alone.
+    likeliest id, as `greedy` does for text and pictures. temperature, top_p and repetition_penalty (1: none) are those
+    of text, image_temperature and image_top_p of pictures; top_p keeps the likeliest ids until their probability
+    reaches it. guidance_text, guidance_image: weights of the whole prompt against its images, and of these against no
+    prompt. Random numbers come from (seed, id) and the position alone.
     """
 
     id: str
@@ -70,7 +73,7 @@ _RANGES = (
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text that a request's answer goes on with."""
+    """Text that the answer to request `id` goes on with; the `text` of all pieces is that of the result."""
 
     id: str
     text: str
@@ -78,7 +81,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class PicturePiece:
-    """The codes so far, int64 [1..1024], of a request's picture `number` (0, 1, ..); all 1,024 when it is complete."""
+    """The codes so far, int64 [1..1024], of picture `number` (0, 1, ..) of request `id`; all 1,024 at its end."""
 
     id: str
     number: int
@@ -87,7 +90,7 @@ class PicturePiece:
 
 @dataclass(frozen=True)
 class Result:
-    """What a request got: the new ids, and the same as text and images; or why it got nothing."""
+    """What request `id` got: new ids as token_ids, and the same as text and images in content; or in error, why not."""
 
     id: str
     token_ids: list[int] = field(default_factory=list)

@@ -32,13 +32,14 @@ class Stream:
 
 
 class Sample:
-    """A running request."""
+    """A running request. main: its stream, given with its room in the cache."""
+
+    main: Stream
 
     def __init__(self, number: int, request: Request, prompt: list[int]):
         self.number, self.request, self.prompt = number, request, prompt
         self.rules = grammar.Rules(request.mode, request.max_new_tokens, request.max_length)
         self.state = grammar.begin(self.rules, len(prompt))
-        self.main: Stream | None = None
         self.guides: list[Stream] = []
         # Picks that are launched and not read; those of an earlier epoch are void.
         self.ahead = 0

@@ -216,7 +216,8 @@ class Session:
         """Compute the prompts of new streams, in passes of at most PREFILL_IDS ids."""
         fresh = deque(self._room.fresh())
         while fresh:
-            batch, total = [], 0
+            batch: list[Stream] = []
+            total = 0
             while fresh and (not batch or total + len(fresh[0].ids) - fresh[0].lease.cached <= PREFILL_IDS):
                 batch.append(fresh.popleft())
                 total += len(batch[-1].ids) - batch[-1].lease.cached

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from medmax_fast.files import atomic_path
 from medmax_fast.generate.engine import Engine, Event
 from medmax_fast.generate.requests import PicturePiece, Result
 from medmax_fast.model.picture_decoder import write_png
-from medmax_fast.runtime import Progress, atomic_path, log
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import log
 from medmax_fast.vocab import IMAGE_CODES
 
 OUTPUTS, REJECTED = "outputs.jsonl", "rejected.jsonl"
@@ -32,18 +34,23 @@ class Writer:
 
     def write(self, events: Iterable[Event], bar: Progress) -> None:
         """Save what the engine gives; what is finished is kept however this ends."""
-        done = bar.done
+        done, drawing = bar.done, {}
         try:
             for event in events:
                 if isinstance(event, PicturePiece):
                     self.preview(event)
+                    drawing[event.id] = len(event.codes) / IMAGE_CODES
+                    bar.update(done, lambda: _under_way(drawing))
                 elif isinstance(event, Result):
+                    drawing.pop(event.id, None)
+                    if event.error:
+                        bar.rejected = (bar.rejected or 0) + 1
                     if _pictures(event):
                         self._waiting.append(event)
                     else:
                         self._enter([event])
                     done += 1
-                    bar.update(done)
+                    bar.update(done, lambda: _under_way(drawing))
                     if sum(_pictures(result) for result in self._waiting) >= _PICTURES_AT_A_TIME:
                         self._flush()
         finally:
@@ -135,14 +142,21 @@ def read_journal(folder: Path) -> tuple[bool, set[str]]:
 
 
 def count_rejected(folder: Path) -> int:
-    """Prompts that could not be run."""
-    path = folder / REJECTED
+    """Prompts that could not be run, so far or in all."""
+    path, journal = folder / REJECTED, folder / _JOURNAL
+    if journal.exists():
+        return sum("reason" in row for row in _rows(journal))
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _rows(journal: Path) -> list[dict]:
     # Not splitlines of a str, for which a line may end within an answer, as at U+2028.
     return [json.loads(line) for line in journal.read_bytes().splitlines()]
+
+
+def _under_way(shares: dict[str, float]) -> str:
+    """Such as `8 pictures at 45%`, with what is drawn of them on average."""
+    return f"{len(shares)} pictures at {sum(shares.values()) / len(shares):.0%}" if shares else ""
 
 
 def _pictures(result: Result) -> int:

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medmax_fast.config import TrainConfig
+from medmax_fast.files import atomic_path, write_json
 from medmax_fast.model.layout import LAYER_KEYS
-from medmax_fast.runtime import InputError, atomic_path, comma_list, write_json
+from medmax_fast.runtime import InputError, comma_list
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Name of the adapter inside peft's modules; it is not part of the names in the file.

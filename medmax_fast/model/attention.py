@@ -147,6 +147,7 @@ def packed_attention(
     elif batch != 1:
         raise ValueError(f"a packed batch is one row, got {batch}")
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, width) for x in (query, key, value))
+    assert max_length_q is not None, "cu_seq_lens_q and max_length_q go together"
     out = varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)
     return out.reshape(batch, length, heads, width), None
 

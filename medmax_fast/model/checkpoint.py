@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 import yaml
 
+from medmax_fast.files import read_json, read_object, read_text, require_file
 from medmax_fast.model.checkpoint_base import Checkpoint, check_tensor, read_vqgan
 from medmax_fast.model.files import SafetensorsFile, TorchFile, check_files
 from medmax_fast.model.layout import Disagreement, Key, ModelShape, keys, to_hf
 from medmax_fast.model.vqgan import VQConfig
-from medmax_fast.runtime import InputError, read_json, require_file
+from medmax_fast.runtime import InputError
 
 DECODER_FILE = "vqgan_decoder.safetensors"
 VQGAN_FILE = "vqgan.ckpt"
@@ -35,7 +36,8 @@ def open_checkpoint(path: str | Path, vqgan: str | Path = "") -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such checkpoint folder")
+        found = "a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {found}, expected the folder of a checkpoint")
     given = require_file(vqgan) if vqgan else None
     if (path / "config.json").is_file():
         return HFCheckpoint(path, given)
@@ -114,6 +116,7 @@ class ChameleonCheckpoint(Checkpoint):
             shard.release()
 
     def _own_vqgan(self) -> dict[str, torch.Tensor]:
+        assert self._vqgan_home is not None
         return {} if self.vqgan_path and not self._vqgan_home.exists() else read_vqgan(self._vqgan_home)
 
 
@@ -124,7 +127,7 @@ class HFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, vqgan: Path | None = None):
         self.path = path
-        spec = read_json(path / "config.json")
+        spec = read_object(path / "config.json")
         if spec.get("model_type") != "chameleon":
             raise InputError(f"{path}/config.json: model_type {spec.get('model_type')!r}, expected 'chameleon'")
         self.shape = _parse(path / "config.json", ModelShape.from_hf)
@@ -203,7 +206,7 @@ def _check_names(where: Path, known: list[str], found: list[str]) -> None:
 def _parse(path: Path, build):
     """Read a JSON or YAML description and build a config from it; InputError names the file and what is wrong."""
     try:
-        spec = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else read_json(path)
+        spec = yaml.safe_load(read_text(path)) if path.suffix == ".yaml" else read_json(path)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     try:

@@ -9,7 +9,8 @@ import torch
 from medmax_fast.model.files import TorchFile, bytes_of
 from medmax_fast.model.layout import Key, ModelShape, keys
 from medmax_fast.model.vqgan import VQGAN, VQConfig
-from medmax_fast.runtime import InputError, progress, trim_heap
+from medmax_fast.progress import progress
+from medmax_fast.runtime import InputError, trim_heap
 
 
 class Checkpoint:

@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from medmax_fast.config import ConvertConfig, MergeConfig
+from medmax_fast.files import atomic_path, require_new
 from medmax_fast.model.checkpoint import DECODER_FILE, VQ_PREFIX, VQGAN_FILE, Checkpoint, open_checkpoint
 from medmax_fast.model.file_writers import SafetensorsWriter, TorchWriter, write_checklist
 from medmax_fast.model.layout import Disagreement, can_split, keys, to_chameleon
 from medmax_fast.model.load import hf_config
 from medmax_fast.model.vqgan import VQGAN
-from medmax_fast.runtime import InputError, atomic_path, log, require_at_least, require_new
+from medmax_fast.runtime import InputError, log, require_at_least
 from medmax_fast.vocab import PLACEHOLDER_NAMES
 
 # transformers' own limit for one safetensors file.
@@ -88,7 +89,7 @@ def _check_heads(source: Checkpoint, shards: int, average: bool) -> None:
     apart = {} if average else _disagreements(source, shards)
     if not apart:
         return
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=apart.__getitem__)
     differ = f"{source.path}: the heads of {len(apart)} query/key norms differ, by up to {apart[worst]:.3g} in {worst}"
     for more in (2, 4, 8):
         if more > shards and can_split(source.shape, more) and not _disagreements(source, more):

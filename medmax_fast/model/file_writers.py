@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch.serialization import _open_zipfile_writer
 
+from medmax_fast.files import hash_file
 from medmax_fast.model.files import CHECKLIST, MD5_ENTRY, SAFETENSORS_DTYPES, STORAGES, bytes_of
-from medmax_fast.runtime import hash_file, progress
+from medmax_fast.progress import progress
 
 
 class SafetensorsWriter:
@@ -27,7 +28,8 @@ class SafetensorsWriter:
     def __init__(self, path: Path, meta: dict[str, torch.Tensor]):
         names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
         # As long as the sum that takes its place at the end.
-        header, start = {"__metadata__": {"format": "pt", MD5_ENTRY: "-" * 32}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt", MD5_ENTRY: "-" * 32}}
+        start = 0
         for name, like in meta.items():
             offsets = [start, start + like.nbytes]
             header[name] = {"dtype": names[like.dtype], "shape": list(like.shape), "data_offsets": offsets}
@@ -126,8 +128,8 @@ class _Pickler(pickle.Pickler):
         self._storages += 1
         # Whatever its strides, it is written contiguously.
         contiguous = torch.empty(value.shape, device="meta").stride()
-        rest = (0, tuple(value.shape), contiguous, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, (storage, *rest)
+        hooks: OrderedDict = OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(value.shape), contiguous, False, hooks)
 
 
 def write_checklist(folder: Path) -> None:

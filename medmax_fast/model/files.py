@@ -4,7 +4,6 @@ Reading maps a file and hands out views of it; `release` forgets the mapping, si
 process's resident memory until then. Nothing that could run code is unpickled.
 """
 
-import hashlib
 import os
 import pickle
 import zipfile
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medmax_fast.runtime import InputError, hash_file, require_file
+from medmax_fast.files import hash_file, hash_rest, read_text, require_file
+from medmax_fast.runtime import InputError
 
 CHECKLIST = "checklist.chk"
 
@@ -34,7 +34,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = None
+        self._file: safe_open | None = None
         file = self._open()
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         odd = next((name for name, kind in kinds.items() if kind not in SAFETENSORS_DTYPES), None)
@@ -84,7 +84,7 @@ class SafetensorsFile:
             return None
         with open(self.path, "rb") as file:
             file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
-            found = hashlib.file_digest(file, "md5").hexdigest()
+            found = hash_rest(file, "md5")
         if found != recorded:
             raise InputError(f"{self.path}: md5 of the tensors {found}, its header says {recorded}; damaged")
         return found
@@ -152,7 +152,7 @@ def check_files(folder: Path, up_to_bytes: int | None = None) -> dict[Path, str]
     up_to_bytes: leave out larger files. Gives the md5 of each file compared.
     """
     path, compared = folder / CHECKLIST, {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in read_text(path).splitlines() if path.exists() else ():
         expected, _, name = line.strip().partition(" ")
         if not name:
             continue

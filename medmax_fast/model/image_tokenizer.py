@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ _PIXEL_VALUES = (np.arange(256, dtype=np.float64) / 255 * 2 - 1).astype(np.float
 class ImageTokenizer:
     """The VQGAN of a checkpoint on one device; the module that is handed in is changed and belongs to it from then on.
 
+    vqgan: the module; without its decoder it cannot draw. sha256: what makes codes, as `hash_state` has it.
     precision: fp32 (no TF32 anywhere), tf32 (the convolutions' products on a GPU, as torch has them by default; on a
     CPU the same as fp32), fp16 or bf16 (weights and activations of encoder and decoder, sums in fp32; slow on most
     CPUs). The latents' last convolution and the nearest-code search are always fp32.
@@ -32,7 +34,14 @@ class ImageTokenizer:
     each batch as it comes. On a CPU it has no effect.
     """
 
-    def __init__(self, vqgan: VQGAN, sha256: str, device="cpu", precision: str = "fp32", batch_size: int | None = None):
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        sha256: str,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        batch_size: int | None = None,
+    ):
         if precision not in PRECISIONS:
             raise InputError(f"precision {precision!r}: expected {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
@@ -69,14 +78,15 @@ class ImageTokenizer:
     def from_checkpoint(
         cls,
         path: str | Path | Checkpoint,
-        device="cpu",
+        device: torch.device | str = "cpu",
         precision: str = "fp32",
         batch_size: int | None = None,
         vqgan: str | Path = "",
     ) -> "ImageTokenizer":
-        """Load the VQGAN of a checkpoint, a folder or open; InputError if it is incomplete or mis-shaped.
+        """Load the VQGAN of a checkpoint; InputError if it is incomplete or mis-shaped.
 
-        vqgan: of a folder, a vqgan.ckpt to be used in place of its own.
+        path: a folder in either layout, or an open Checkpoint. vqgan: of a folder, a vqgan.ckpt to be used in place of
+        its own. device, precision, batch_size: see the class.
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, vqgan)
         state = checkpoint.vqgan_state()
@@ -116,7 +126,10 @@ class ImageTokenizer:
             return torch.cat([self._graph(part) for part in x_BCHW.split(self.batch_size)])
 
     def encode_pictures(self, pictures: list, columns: list, rows: list) -> torch.Tensor:
-        """Codes int64 [N, 1024] of full-size pictures, on the device and not waited for; arguments as `resampled`."""
+        """Codes int64 [N, 1024] of full-size pictures, on the device and not waited for.
+
+        pictures, columns, rows: as for `resampled`.
+        """
         return self.encode_tensor(self._resample(pictures, columns, rows, self._values))
 
     def resampled(self, pictures: list, columns: list, rows: list) -> np.ndarray:
@@ -151,13 +164,14 @@ class ImageTokenizer:
         if codes.ndim != 2 or codes.shape[1] != IMAGE_CODES:
             raise InputError(f"codes of shape {codes.shape}, expected [N, {IMAGE_CODES}]")
         if codes.size and (codes.min() < 0 or codes.max() >= self.vqgan.config.n_embed):
-            raise InputError(f"code {codes.max()} is outside 0..{self.vqgan.config.n_embed - 1}")
+            bad = codes[(codes < 0) | (codes >= self.vqgan.config.n_embed)].flat[0]
+            raise InputError(f"code {bad} is outside 0..{self.vqgan.config.n_embed - 1}")
         with torch.inference_mode(), self._arithmetic():
             x_BCHW = self.vqgan.decode(torch.from_numpy(codes).to(self.device)).float()
         levels = (x_BCHW.clamp(-1, 1) + 1) / 2 * 255
         return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _arithmetic(self):
+    def _arithmetic(self) -> AbstractContextManager[None]:
         """The arithmetic of this precision, for a call; TF32 leaves out matrix products, 0.4 % of the work here."""
         convolutions = "tf32" if self.precision == "tf32" else "ieee"
         return repeatable(self.device, convolutions, exact_attention=self.input_dtype == torch.float32)

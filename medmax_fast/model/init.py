@@ -13,13 +13,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medmax_fast.config import InitConfig
+from medmax_fast.files import require_new
 from medmax_fast.model.checkpoint import Checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.init_vqgan import colour_vqgan
 from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys, to_hf
 from medmax_fast.model.load import load_model
 from medmax_fast.model.vqgan import VQConfig
-from medmax_fast.runtime import require_new
 from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, IdLayout, code_name, read_vocab
 
 # One picture costs about 0.3 s to encode and 3 s to decode on two CPU cores at this width.

@@ -1,6 +1,7 @@
 """A checkpoint in either layout as a transformers Chameleon with packed attention, without its VQGAN."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,8 +11,11 @@ from medmax_fast.model.layout import MAX_POSITIONS, ModelShape
 from medmax_fast.runtime import InputError
 from medmax_fast.vocab import IdLayout, read_vocab
 
+if TYPE_CHECKING:
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
-def hf_config(checkpoint: Checkpoint):
+
+def hf_config(checkpoint: Checkpoint) -> "ChameleonConfig":
     """The transformers ChameleonConfig of a checkpoint, vocabulary map included."""
     from transformers import ChameleonConfig
 
@@ -43,7 +47,7 @@ def hf_config(checkpoint: Checkpoint):
     )
 
 
-def empty_model(checkpoint: Checkpoint):
+def empty_model(checkpoint: Checkpoint) -> "ChameleonForConditionalGeneration":
     """The language model on the meta device, VQGAN removed, packed attention chosen."""
     from transformers import ChameleonForConditionalGeneration
 
@@ -56,7 +60,9 @@ def empty_model(checkpoint: Checkpoint):
     return model
 
 
-def load_model(path: str | Path | Checkpoint, device="cpu", dtype: torch.dtype = torch.float32):
+def load_model(
+    path: str | Path | Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> "ChameleonForConditionalGeneration":
     """ChameleonForConditionalGeneration with the checkpoint's weights, in eval mode.
 
     path: a folder in either layout (or an open Checkpoint). Weights go straight from the memory-mapped file to
@@ -83,6 +89,6 @@ def load_model(path: str | Path | Checkpoint, device="cpu", dtype: torch.dtype =
     return model.eval()
 
 
-def shape_of(model) -> ModelShape:
+def shape_of(model: "ChameleonForConditionalGeneration") -> ModelShape:
     """The ModelShape of a loaded model."""
     return ModelShape.from_hf(model.config.to_dict())

@@ -15,8 +15,10 @@ Shapes: T ids of a pack, S supervised positions, C channels of a hidden state, V
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from medmax_fast.kernels.cross_entropy import cross_entropy_
@@ -29,7 +31,7 @@ LOGIT_BYTES = 256 << 20
 COLUMN_ALIGN = 64
 
 
-def packed_hidden(model, batch: dict) -> torch.Tensor:
+def packed_hidden(model: nn.Module, batch: dict) -> torch.Tensor:
     """Last hidden states [T, C] of a packed batch (`PackedBatch.to_torch`), sequences kept apart.
 
     The layers are called here and not through the model's own forward pass, which looks at the positions on the host
@@ -46,9 +48,10 @@ def packed_hidden(model, batch: dict) -> torch.Tensor:
     return inner.norm(hidden)[0]
 
 
-def packed_loss(model, batch: dict) -> torch.Tensor:
+def packed_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     """Summed cross-entropy (nats, fp32 scalar) of a packed batch over its supervised ids, with its loss_weights if any.
 
+    model: what `load_model` returns.
     batch: `PackedBatch.to_torch`; "target_tokens", the number of supervised ids, spares a host sync where it is there.
     Divide by the number of supervised ids (or the sum of their weights) of the whole optimizer step, over all
     micro-batches and ranks: then the gradient does not depend on how the rows were packed or shared out.
@@ -111,7 +114,15 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, targets, weights, z_loss: float, differentiable: bool, *blocks):
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        z_loss: float,
+        differentiable: bool,
+        *blocks: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Under no_grad, needs_input_grad still says what the tensors would want.
         wanted = [differentiable and needed for needed in ctx.needs_input_grad]
         rows_wanted, blocks_wanted = wanted[0], wanted[5:]
@@ -132,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part_weights = None if weights is None else weights[part]
             losses[part], lse[part] = cross_entropy_(logits, columns[part], part_weights, z_loss, gradient=any(wanted))
             # From here on the gradient of the logits.
-            if rows_wanted:
+            if d_rows is not None:
                 _head_product_back_(d_rows[part], logits, blocks, spans)
             for d_block, (first, last) in zip(d_blocks, spans, strict=True):
                 if d_block is not None:
@@ -145,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_total, _):
+    def backward(ctx: Any, d_total: torch.Tensor, _: Any) -> tuple:
         # With a dimension, so that a 16-bit gradient is scaled in fp32, and rounded once as it is written.
         d_total = d_total.reshape(1)
         d_rows, *d_blocks = (
@@ -174,14 +185,18 @@ def _columns(targets: torch.Tensor, blocks: Sequence[torch.Tensor], spans: list[
     return columns
 
 
-def _head_product_(logits, rows, blocks, spans) -> None:
+def _head_product_(
+    logits: torch.Tensor, rows: torch.Tensor, blocks: Sequence[torch.Tensor], spans: list[tuple[int, int]]
+) -> None:
     """logits = rows @ head^T, and -inf in the gaps."""
     for block, (first, last) in zip(blocks, spans, strict=True):
         torch.mm(rows, block.t(), out=logits[:, first:last])
         logits[:, last : last + -last % COLUMN_ALIGN] = -torch.inf
 
 
-def _head_product_back_(d_rows, d_logits, blocks, spans) -> None:
+def _head_product_back_(
+    d_rows: torch.Tensor, d_logits: torch.Tensor, blocks: Sequence[torch.Tensor], spans: list[tuple[int, int]]
+) -> None:
     """d_rows = d_logits @ head; of several blocks added up in fp32."""
     if len(blocks) == 1:
         torch.mm(d_logits[:, : len(blocks[0])], blocks[0], out=d_rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from medmax_fast.config import MergeConfig
+from medmax_fast.files import SETTINGS_FILE, read_object
 from medmax_fast.model.adapter import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from medmax_fast.model.checkpoint import Checkpoint, open_checkpoint
 from medmax_fast.model.checkpoint_base import Changed
@@ -12,7 +13,7 @@ from medmax_fast.model.convert import check_target, write_checkpoint
 from medmax_fast.model.files import SafetensorsFile, TorchFile
 from medmax_fast.model.trained import Trained
 from medmax_fast.model.zero import ZeroWeights, find_zero
-from medmax_fast.runtime import SETTINGS_FILE, InputError, pick_dtype, read_json
+from medmax_fast.runtime import InputError, pick_dtype
 
 # peft's older format.
 PICKLED_FILE = "adapter_model.bin"
@@ -72,7 +73,7 @@ def open_trained(path: str | Path):
 
 def read_rules(path: Path) -> dict:
     """An adapter_config.json; InputError for a kind of adapter that cannot be merged."""
-    rules = read_json(path)
+    rules = read_object(path)
     if rules.get("peft_type") != "LORA":
         raise InputError(f"{path.parent}: adapter of type {rules.get('peft_type')!r}, expected LORA")
     for name in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "target_parameters"):
@@ -87,7 +88,7 @@ def _rules_beside(zero: Path) -> dict:
         if (folder / CONFIG_FILE).is_file():
             return read_rules(folder / CONFIG_FILE)
         if (folder / SETTINGS_FILE).is_file():
-            settings = read_json(folder / SETTINGS_FILE).get("settings", {})
+            settings = read_object(folder / SETTINGS_FILE).get("settings", {})
             names = {"r": "lora_rank", "lora_alpha": "lora_alpha", "base_sha256": "ckpt"}
             return {name: settings[recorded] for name, recorded in names.items() if recorded in settings}
     return {}
@@ -96,6 +97,6 @@ def _rules_beside(zero: Path) -> dict:
 def _check_base(path: Path, rules: dict, base: Checkpoint) -> None:
     """InputError if the base is not the one whose hash was recorded in training."""
     beside = path.parent / BASE_FILE
-    recorded = read_json(beside)["sha256"] if beside.is_file() else rules.get("base_sha256")
+    recorded = read_object(beside)["sha256"] if beside.is_file() else rules.get("base_sha256")
     if recorded and base.sha256("comparing with the adapter's base") != recorded:
         raise InputError(f"{path.parent}: trained on another base checkpoint than {base.path} (weights differ)")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from medmax_fast.files import atomic_path
 from medmax_fast.model.image_tokenizer import ImageTokenizer
-from medmax_fast.runtime import InputError, atomic_path, log
+from medmax_fast.runtime import InputError, log
 from medmax_fast.vocab import IMAGE_CODES, IMAGE_SIDE
 
 # Pictures decoded at a time, on a GPU and on a CPU; activations take 128 MB each at full size in fp32.
@@ -53,7 +54,7 @@ class PictureDecoder:
         return pixels
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
-        if self.half:
+        if self.half and self._half_tokenizer is not None:
             return self._half_tokenizer.decode(codes)
         pixels = self._tokenizer.decode(codes)
         if self.half is None:

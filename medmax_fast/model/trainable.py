@@ -11,6 +11,7 @@ for the others.
 
 import fnmatch
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -154,7 +155,7 @@ def recompute_activations(model: nn.Module, selective: bool = False) -> None:
     Each layer keeps its input only (a third more time); `selective` keeps the results of wide matrix products and of
     attention as well, so that norms, rotations, SwiGLU, dropout and the adapter's narrow products are done again.
     """
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
     if selective:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 

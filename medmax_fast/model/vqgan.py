@@ -11,6 +11,7 @@ Shapes: B pictures, C channels, H and W pixels, D the code dimension, K the numb
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ class VQConfig:
     @classmethod
     def _from(cls, values: dict) -> "VQConfig":
         kept = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+        return cls(**shape)
 
     def to_yaml(self) -> dict:
         """The vqgan.yaml that describes this shape."""
@@ -273,6 +275,7 @@ class VQGAN(nn.Module):
 
     def decode(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, 512, 512] of codes int64 [B, 1024], in the dtype of the decoder's convolutions."""
+        assert self.decoder is not None, "made without a decoder"
         side = self.config.latent_side
         z_BHWD = self.quantize.embedding(codes_BN).view(len(codes_BN), side, side, -1)
         z_BCHW = self.post_quant_conv(z_BHWD.permute(0, 3, 1, 2))

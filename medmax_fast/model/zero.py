@@ -249,7 +249,7 @@ class ZeroWeights:
 
     def _by_rank(self, role: str) -> dict[int, Path]:
         """The files of a role by data-parallel rank, _ALL for the one that all ranks share."""
-        found = {}
+        found: dict[int, Path] = {}
         for file in sorted(self.path.glob(f"*{role}_states.pt")):
             match = re.fullmatch(_FILE.format(role), file.name)
             if not match or int(match[2]):
@@ -324,9 +324,8 @@ class ZeroWeights:
             except (LookupError, TypeError) as error:
                 raise InputError(f"{file}: no {_dotted(keys)}, expected a checkpoint of DeepSpeed") from error
         if not isinstance(value, of):
-            raise InputError(
-                f"{file}: {_dotted(keys)} is a {type(value).__name__}, expected {getattr(of, '__name__', of)}"
-            )
+            kind = getattr(of, "__name__", of)
+            raise InputError(f"{file}: {_dotted(keys)} is {type(value).__name__}, expected {kind}")
         return value
 
 

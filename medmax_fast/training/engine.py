@@ -14,13 +14,15 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from medmax_fast.config import TrainConfig
-from medmax_fast.runtime import InputError, log, rank_and_world, read_json
+from medmax_fast.files import read_json
+from medmax_fast.runtime import InputError, log, rank_and_world
 from medmax_fast.training.processes import barrier
 
 # What the trainer itself decides; an override would make the loss or the order of rows wrong without a word.
@@ -214,8 +216,10 @@ def optimizer_step(engine) -> tuple[torch.Tensor | float | None, bool]:
 
 def may_skip(engine) -> bool:
     """Whether an overflow is fp16's ordinary search for a loss scale, with smaller ones left to try."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return engine.fp16_enabled() and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+    if not engine.fp16_enabled():
+        return False
+    scaler = engine.optimizer.loss_scaler
+    return scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
 
 def trained_state(engine, every: bool = False) -> dict[str, torch.Tensor]:
@@ -267,8 +271,9 @@ def to_universal(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     # Threads and processes would be for hundreds of gigabytes; workers of their own would unpickle freely.
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    options |= {"inject_missing_state": True, "input_folder": str(folder / _TAG), "output_folder": str(target / _TAG)}
+    options: dict[str, Any] = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    options |= {"strict": True, "inject_missing_state": True}
+    options |= {"input_folder": str(folder / _TAG), "output_folder": str(target / _TAG)}
     with _weights_only():
         ds_to_universal.main(argparse.Namespace(**options))
 

@@ -1,6 +1,6 @@
 """The files of a run folder R.
 
-    settings.json                what the result depends on (runtime.open_output)
+    settings.json                what the result depends on (files.open_output)
     long_rows.jsonl              rows left out or cut for their length: row, key, ids, kept (0: left out); if any
     metrics.jsonl                one line per logged step
     validation.jsonl             one line per validation
@@ -18,7 +18,8 @@ import json
 import os
 from pathlib import Path
 
-from medmax_fast.runtime import InputError, atomic_path, log, read_json, remove, write_json
+from medmax_fast.files import atomic_path, read_object, read_text, remove, write_json
+from medmax_fast.runtime import InputError, log
 
 _STATE = "state.json"
 
@@ -90,7 +91,7 @@ class RunFolder:
         if not (folder / _STATE).is_file():
             return None, f"it has no {_STATE}"
         try:
-            state = read_json(folder / _STATE)
+            state = read_object(folder / _STATE)
         except InputError as error:
             return None, str(error)
         damaged = [name for name, size in state["files"].items() if _size(folder / name) != size]
@@ -111,8 +112,11 @@ class RunFolder:
         path = path or self.metrics
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = read_text(path).split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise InputError(f"{path}: a line is not valid JSON ({error}); remove it to go on") from error
 
     def rewind(self, step: int, keep: int) -> None:
         """Drop the lines of later steps, which a resumed run makes again, and what else an earlier one has left."""

@@ -79,7 +79,7 @@ class Health:
         record: Callable[[dict], None],
     ):
         self._kinds = {kind: Divergence(filter(None, (r[f"{kind}_loss"] for r in records))) for kind in KINDS}
-        self._steps = {kind: deque(maxlen=WINDOW) for kind in KINDS}
+        self._steps: dict[str, deque[tuple[StepRows, float]]] = {kind: deque(maxlen=WINDOW) for kind in KINDS}
         self._keys, self._counts, self._gather, self._record = keys, counts, gather, record
 
     def logged(self, step: StepRows, record: Mapping) -> None:
@@ -105,7 +105,8 @@ class Health:
         """
         counts = np.maximum(self._counts(step.rows), 1)
         mean = step.losses.cpu().numpy() / counts
-        found = sum(self._gather(list(zip(step.rows.tolist(), mean.tolist(), strict=True))), [])
+        ranks: list[list[tuple[int, float]]] = self._gather(list(zip(step.rows.tolist(), mean.tolist(), strict=True)))
+        found = [entry for rank in ranks for entry in rank]
         broken = sorted(entry for entry in found if not math.isfinite(entry[1]))
         worst = broken or sorted(found, key=lambda entry: (-entry[1], entry[0]))
         rows = [{"row": row, "key": self._keys(row), "loss": loss if not broken else str(loss)} for row, loss in worst]

@@ -35,7 +35,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 def on_first_rank(function: Callable[[], Any]) -> Any:
     """What `function()` returns on rank 0, on every rank; its InputError is raised on every rank."""
-    box = [None, None]
+    box: list[Any] = [None, None]
     if distributed.get_rank() == 0:
         try:
             box[0] = function()

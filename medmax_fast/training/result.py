@@ -1,11 +1,11 @@
 """What a finished run leaves: the adapter or the model, the loss curve, the summary."""
 
+from medmax_fast.files import write_json
 from medmax_fast.model.adapter import save_adapter
 from medmax_fast.model.checkpoint_base import Changed
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.trainable import EMBEDDINGS, HEAD, PREFIX
 from medmax_fast.model.trained import Trained
-from medmax_fast.runtime import write_json
 from medmax_fast.training import engine as ds
 from medmax_fast.training.processes import on_first_rank
 from medmax_fast.training.run import Run

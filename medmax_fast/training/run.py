@@ -11,6 +11,7 @@ itself reads whether the gradients were finite, and their norm, once per optimiz
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -18,14 +19,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.loader import PackedLoader, Step
+from medmax_fast.files import write_json
 from medmax_fast.model.checkpoint import Checkpoint
-from medmax_fast.runtime import InputError, Progress, log, write_json
+from medmax_fast.progress import Progress
+from medmax_fast.runtime import InputError, info
 from medmax_fast.training import engine as ds
 from medmax_fast.training.folder import RunFolder
 from medmax_fast.training.health import Health, StepRows
@@ -42,7 +46,7 @@ class Run:
     """A training run in progress: `done` of `last` optimizer steps."""
 
     config: TrainConfig
-    engine: object
+    engine: Any
     loader: PackedLoader
     folder: RunFolder
     checkpoint: Checkpoint
@@ -68,7 +72,7 @@ class Run:
             if expected != self.done:
                 raise InputError(f"{path}: made after {self.done} steps, but its data is at step {expected}")
             if self.first_rank:
-                log(f"continuing after step {self.done} of {self.last}")
+                info(f"continuing after step {self.done} of {self.last}")
         if self.first_rank:
             self.folder.rewind(self.done, self.config.keep)
 
@@ -98,9 +102,9 @@ class Run:
                     if due or stopping or number == self.last:
                         self.save(self.loader.state(epoch, step.index + 1))
                 if stopping and number < self.last:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"step {number} of {self.last} is saved in {self.folder.path}")
                 if bar:
-                    bar.update(number, lambda loss=loss: f"loss {loss:.4g}")
+                    bar.update(number, functools.partial("loss {:.4g}".format, loss))
 
     def step(self, number: int, step: Step, batches: list[dict], log_due: bool, health: Health) -> dict | None:
         """One optimizer step; its losses over all ranks, learning rate and gradient norm if it is to be logged."""
@@ -136,7 +140,7 @@ class Run:
             "text_loss": text / texts if texts else None,
             "image_loss": image / images if images else None,
             "lr": rate,
-            "grad_norm": float(norm) if finite else None,
+            "grad_norm": float(norm) if norm is not None and finite else None,
             "target_tokens": step.target_tokens,
         }
         health.logged(rows, record)
@@ -169,7 +173,7 @@ class Run:
         if self.first_rank:
             self.folder.append(self.folder.validation, record)
             self.trackers.log(number, {"validation": record})
-            log(f"step {number}: validation loss {record['loss']:.4f}")
+            info(f"step {number}: validation loss {record['loss']:.4f}")
 
     def _stopped(self, found: dict) -> None:
         if self.first_rank:

@@ -96,4 +96,5 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Not getrusage's ru_maxrss: it begins with what the parent held when it started this process.
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kilobytes) / 2**20

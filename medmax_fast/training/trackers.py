@@ -11,8 +11,10 @@ other variables of wandb work as ever; what was written offline is sent by `wand
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from medmax_fast.runtime import InputError, log, one_line
 
@@ -60,7 +62,7 @@ class Trackers:
     """The open trackers of a run; each one leaves at its first failure, with one line on standard error."""
 
     def __init__(self):
-        self._open = {}
+        self._open: dict[str, Any] = {}
 
     def open(self, name: str, opener: Callable) -> None:
         """Add what `opener` returns."""
@@ -73,12 +75,12 @@ class Trackers:
         """
         values = {name: value for name, value in _numbers(record) if name.split("/")[-1] != "step"}
         for name, tracker in list(self._open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.log(step, values))
+            self._attempt(name, partial(tracker.log, step, values))
 
     def close(self, status: int = 0) -> None:
         """Write what is left; a `status` other than 0 marks the run as failed in W&B."""
         for name, tracker in list(self._open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.close(status))
+            self._attempt(name, partial(tracker.close, status))
         self._open.clear()
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
@@ -100,7 +102,7 @@ def _failures(name: str) -> tuple[type[Exception], ...]:
     return OSError, Error, HandleAbandonedError, MailboxClosedError
 
 
-def _numbers(record: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(record: Mapping, prefix: str = "") -> Iterator[tuple[str, Real]]:
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}/")

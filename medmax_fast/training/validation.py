@@ -10,6 +10,7 @@ import torch
 from medmax_fast.data.loader import PackedLoader
 from medmax_fast.data.store import TokenStore
 from medmax_fast.model.trainable import empty_batch
+from medmax_fast.progress import progress
 from medmax_fast.runtime import log
 from medmax_fast.training.processes import total
 
@@ -33,7 +34,10 @@ class Validation:
         rows, losses = [], []
         engine.eval()
         with torch.no_grad():
-            for step in self._loader.epoch_steps(0):
+            steps = self._loader.epoch_steps(0)
+            if self._loader.rank == 0:
+                steps = progress(steps, "validation", self._loader.steps_per_epoch(0))
+            for step in steps:
                 for batch in step.batches:
                     packed = empty_batch(device) if batch is None else batch.to_torch(device)
                     _, sums, row_losses = engine(packed)

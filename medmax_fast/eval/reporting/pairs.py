@@ -33,6 +33,7 @@ def pairs_part(runs: dict[str, EvalRun]) -> list[str]:
         cells, found = [], []
         for row in rows:
             p = next(adjusted)
+            assert p is not None, "every comparison has one"
             # The row of the mean over the accuracy tasks is not a task of the results.
             cells.append(_row(row, metrics.get(row["task"], "accuracy"), p))
             if p < SIGNIFICANT:

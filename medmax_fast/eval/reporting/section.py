@@ -108,7 +108,8 @@ def figures_of(result: dict) -> dict[str, Figure]:
 
 
 def _figure(metric: str, value: float, row: dict) -> Figure:
-    return Figure(metric, value, *(row["ci95"] or (None, None)), row["counted"])
+    low, high = row["ci95"] or (None, None)
+    return Figure(metric, value, low, high, row["counted"])
 
 
 def _published(model: str, shown: Shown) -> dict[str, float]:
