@@ -32,11 +32,11 @@ def _launched(given: list[str]) -> list[str]:
     with contextlib.suppress(OSError):
         while process > 1:
             folder = Path("/proc") / str(process)
-            words = folder.joinpath("cmdline").read_text().split("\0")[:-1]
+            words = os.fsdecode(folder.joinpath("cmdline").read_bytes()).split("\0")[:-1]
             if words[-len(given) :] == given:
                 found = words
             # The fields after the name, which may hold anything: state, parent.
-            process = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            process = int(folder.joinpath("stat").read_bytes().rpartition(b")")[2].split()[1])
     return found
 
 

@@ -71,6 +71,28 @@ def test_requests_join_and_leave_a_session(golden, alone, lag, fresh_seed):
     assert [result.token_ids for result in engine.generate(TEXT)] == [alone[request.id] for request in TEXT]
 
 
+def test_cancelling_where_a_picture_begins_spoils_nothing(golden, alone):
+    """Guides that were just opened have not been computed, and what they would have computed was announced already."""
+    engine = new_engine(golden, 0)
+    layout, allowed = engine.layout, engine.steps._allowed_AV.clone()
+    image = layout.image_span(np.arange(1024)).tolist()
+    begins = Request("b", token_ids=[0, 8800, 8801, *image, 8710], mode="any", greedy=True)
+    with engine.session(batch_size=3, pieces=False) as session:
+        other = session.submit(TEXT[0])
+        # Nothing but a picture may follow.
+        engine.steps._allowed_AV[:] = False
+        engine.steps._allowed_AV[:, layout.boi] = True
+        number = session.submit(begins)
+        while not engine.room._fresh:
+            list(session.step())
+        session.cancel(number)
+        session.cancel(other)
+        engine.steps._allowed_AV.copy_(allowed)
+        after = session.submit(TEXT[1])
+        assert dict(session.events())[after].token_ids == alone["t1"]
+    assert engine.room.empty
+
+
 def test_a_reader_may_cancel_what_it_is_told_of(engine):
     with engine.session(batch_size=2, pieces=True) as session:
         first, second = session.submit(TEXT[0]), session.submit(TEXT[1])
@@ -119,7 +141,7 @@ def test_many_users_get_what_they_get_alone(engine, alone):
     assert engine.room.empty
 
 
-def test_a_picture_comes_with_previews_and_can_be_asked_about(engine, alone, tmp_path):
+def test_a_picture_comes_with_previews_and_can_be_asked_about(engine, alone, tmp_path, monkeypatch):
     with Dispatcher(engine) as dispatcher:
         with dispatcher.submit(PICTURE, previews=True) as stream:
             pieces = list(stream)
@@ -138,6 +160,11 @@ def test_a_picture_comes_with_previews_and_can_be_asked_about(engine, alone, tmp
         dispatcher.remember(path.read_bytes(), drawings[-1].codes)
         about = Request("about", content=[{"type": "image", "path": str(path)}], greedy=True, max_new_tokens=2)
         assert list(dispatcher.submit(about))[-1].error is None
+    monkeypatch.setattr("medmax_fast.generate.prompts.CACHED_IMAGES", 3)
+    for number in range(5):
+        engine.encoder.remember(b"%d" % number, drawings[-1].codes)
+    engine.encoder.remember(path.read_bytes(), drawings[-1].codes)
+    assert len(engine.encoder._codes) == 3
     request = replace(about, content=None, token_ids=[0, 8197, *alone["p"], 8196, 8710])
     assert engine.encoder.encode(about) == request.token_ids
 
@@ -167,6 +194,13 @@ def test_a_request_that_cannot_be_run_is_told_so(engine, tmp_path, monkeypatch):
         missing = Request("m", content=[{"type": "image", "path": str(tmp_path / "none.png")}])
         (result,) = dispatcher.submit(missing)
         assert result.error == f"{tmp_path / 'none.png'}: no such file"
+        # It was there a moment ago.
+        (tmp_path / "none.png").write_bytes(b"")
+        with monkeypatch.context() as patch:
+            gone = FileNotFoundError(2, "No such file or directory")
+            patch.setattr("medmax_fast.generate.prompts.hash_file", lambda _: (_ for _ in ()).throw(gone))
+            (result,) = dispatcher.submit(missing)
+        assert result.error == f"{tmp_path / 'none.png'}: cannot be read (No such file or directory)"
         monkeypatch.setattr(type(engine.encoder.checkpoint), "draws", property(lambda _: False))
         with pytest.raises(InputError, match="mode 'image': the checkpoint has no VQGAN decoder"):
             dispatcher.submit(PICTURE)

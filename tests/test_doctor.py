@@ -204,6 +204,16 @@ def test_a_library_that_ends_its_process_is_named(library, code):
     assert faults == {"json": "", "fatal": f"import: its process ended with status {status}: without a word"}
 
 
+def test_a_library_that_fails_as_its_process_ends_is_no_fault():
+    class Ended:
+        failure, late = "its process ended with status -11: without a word", False
+
+        def lines(self, seconds):
+            return iter([{"module": "a", "error": ""}])
+
+    assert command._faults(Ended(), ["a"], 1) == {"a": ""}
+
+
 def test_imports_are_not_waited_for_beyond_their_time(library):
     names = [library("slow", "import time; print('noise', flush=True); time.sleep(60)")]
     with Child("medmax_fast.doctor.imports", names) as child:

@@ -247,6 +247,10 @@ def test_the_command_line_is_that_of_the_launcher(tmp_path):
     alone = [sys.executable, "-c", code, *given]
     printed = subprocess.run(alone, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=True).stdout
     assert printed == "medmax train --data 'a b'\n"
+    # Above it a process whose command line is no UTF-8.
+    strange = ["sh", "-c", b'"$1" -c "$2" train --data "a b"; : caf\xe9', "sh", sys.executable, code]
+    printed = subprocess.run(strange, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    assert printed == "medmax train --data 'a b'\n"
 
 
 def test_what_is_kept_is_said_by_the_innermost():

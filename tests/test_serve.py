@@ -464,6 +464,7 @@ BAD = [
     ({"messages": user("a <reserved08706> b")}, "messages: the text holds the special token <reserved08706>", None),
     ({"messages": user("")}, "messages: a turn of the user is empty", "messages"),
     ({"messages": user("a" * 1_100_000)}, "messages: 1100000 characters of text, too many for 4096 ids", "messages"),
+    ({"messages": user(*[text("a")] * 4096)}, "messages: 4097 messages and parts, too many for 4096 ids", "messages"),
     ({"messages": user("a " * 5000)}, "ids leave no room for an answer within 4096 (an image", None),
     (
         {"messages": user(*[{"type": "image_url", "image_url": {"url": DATA}}] * 4)},
@@ -584,6 +585,29 @@ def test_bodies_are_bounded_while_they_are_read(world):
         with pytest.raises(openai.APIStatusError, match="too large") as caught:
             client_of(url).chat.completions.create(model="other", messages=user("a" * 2_000_000))
         assert caught.value.status_code == 413
+
+
+def test_a_body_has_its_time(world, monkeypatch):
+    monkeypatch.setattr("medmax_fast.serving.app.BODY_SECONDS", 0.1)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with another(world) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            client.settimeout(30)
+            said = b""
+            while not said.endswith(b"}"):
+                said += client.recv(1 << 16)
+        assert b" 408 " in said and b"the body has not arrived within 0.1 s" in said
+
+
+def test_no_room_for_an_image(world, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(world.service._uploads, "add", full)
+    response = post(world.url, model="tiny", messages=user(image_part(picture(0)), text("What?")))
+    error = response.json()["error"]
+    assert response.status_code == 507 and error["message"] == "no room for an image (No space left on device)"
 
 
 def test_the_key(world):

@@ -103,6 +103,20 @@ def test_of_a_large_image_only_what_a_model_sees_is_kept(fresh_seed):
         np.testing.assert_array_equal(load_image(path), load_image(io.BytesIO(data)))
 
 
+def test_a_full_disk_leaves_no_part_of_a_file(picture, temporary, monkeypatch):
+    def fill(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:7])
+        raise OSError(28, "No space left on device")
+
+    with Uploads() as uploads:
+        monkeypatch.setattr("pathlib.Path.write_bytes", fill)
+        with pytest.raises(OSError, match="No space left"):
+            uploads.add(packed(picture, "PNG"), "a.png")
+        (folder,) = temporary.iterdir()
+        assert not list(folder.iterdir()) and not len(uploads)
+
+
 def test_refusals_say_what_was_found_and_what_is_allowed(picture):
     png, jpeg = packed(picture, "PNG"), packed(picture, "JPEG")
     cases = [

@@ -116,6 +116,40 @@ def test_questions_that_cannot_be_answered(engine, tmp_path):
         assert not len(shared.uploads) and not len(talk.view("").turns) > 2
 
 
+def test_a_question_that_is_not_asked_leaves_no_file(engine, tmp_path, monkeypatch):
+    served, image = tmp_path / "served", tmp_path / "image.png"
+    image.write_bytes(png(64))
+    with service(engine, served) as shared:
+        talk = Talk(shared)
+        with pytest.raises(InputError, match="4 images, expected at most 3 in a question"):
+            talk.ask("What?", [str(image)] * 4, "text", fields())
+        with pytest.raises(InputError, match=r"the question takes \d+ ids"):
+            talk.ask("word " * 5000, [str(image)] * 2, "text", fields())
+        # What a browser can send, though it is no text.
+        assert list(talk.ask("half \ud83d?", [], "text", fields()))[-1].turns[0] == ("user", ["half ??"])
+        with monkeypatch.context() as patch:
+            full = OSError(28, "No space left on device")
+            patch.setattr(shared.uploads, "add", lambda *_: (_ for _ in ()).throw(full))
+            with pytest.raises(InputError, match=r"^no room for an image \(No space left on device\)$"):
+                talk.ask("What?", [str(image)], "text", fields())
+        with talk._asking, pytest.raises(InputError, match="a question is being read already"):
+            talk.ask("What?", [], "text", fields())
+        assert not len(shared.uploads) and not [path for path in served.rglob("*") if path.is_file()]
+
+
+def test_pages_that_never_say_that_they_are_closed(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("medmax_fast.demo.talk.MOST_TALKS", 3)
+    with service(engine, tmp_path) as shared:
+        with Visitors(shared) as visitors:
+            talks = [visitors.enter(str(number)) for number in range(3)]
+            # The one that was used last is the last to go.
+            again = visitors.enter("0")
+            visitors.enter("3")
+            assert len(visitors) == 3 and visitors.of("0") is again and visitors.of("1") is None
+            assert [talk._closed for talk in talks] == [True, True, False]
+        assert not len(visitors) and again._closed and visitors.enter("late")._closed
+
+
 def test_without_a_decoder_only_text_can_be_chosen(engine, tmp_path):
     from medmax_fast.demo import page
 
@@ -177,7 +211,7 @@ def test_gradio_is_missing(golden, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_the_command_asks_for_a_password_and_leaves_nothing(golden, tmp_path, monkeypatch, number, status):
     monkeypatch.setenv("MEDMAX_AUTH", "ann:to be kept, bob:another:one")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -199,6 +233,9 @@ def test_the_command_asks_for_a_password_and_leaves_nothing(golden, tmp_path, mo
             request = urllib.request.Request(f"{url}/gradio_api/upload", boundary + png(8) + b"\r\n--x--\r\n")
             request.add_header("Content-Type", "multipart/form-data; boundary=x")
             answered["upload"] = code(opener, request)
+            # A name of somebody else's that leads here.
+            request = urllib.request.Request(f"{url}/config", headers={"Host": f"elsewhere.example:{port}"})
+            answered["by another name"] = code(opener, request)
             answered["kept"] = len(list(tmp_path.rglob("a.png")))
         finally:
             os.kill(os.getpid(), number)
@@ -208,7 +245,10 @@ def test_the_command_asks_for_a_password_and_leaves_nothing(golden, tmp_path, mo
         visitor.start()
         assert main(["demo", "--ckpt", str(golden / "checkpoint"), "--port", str(port), "--auth"]) == status
         visitor.join()
-    assert answered == {"ann": 400, "config ann": 401, "bob": 200, "config bob": 200, "upload": 200, "kept": 1}
+    assert answered == {"ann": 400, "config ann": 401, "bob": 200, "config bob": 200, "upload": 200} | {
+        "by another name": 403,
+        "kept": 1,
+    }
     text = printed.getvalue()
     assert "to be kept" not in text and "another" not in text
     assert ("medmax demo: interrupted; the page has ended; uploads and pictures are deleted" in text) == bool(status)

@@ -73,7 +73,8 @@ def serving(config: DemoConfig) -> Iterator[Demo]:
         # Left before the page is closed, whose handlers would go on waiting for their answers.
         stack.enter_context(visitors)
         limits = {"max_file_size": uploads.max_bytes, "max_threads": config.batch_size + config.waiting + _THREADS}
-        url = page.launch(blocks, config.host, port, config.share, users, **limits)
+        names = () if config.share else here
+        url = page.launch(blocks, config.host, port, config.share, users, names, **limits)
         if not users and (config.share or not here):
             log(f"medmax demo: whoever reaches {url} may use this page; --auth asks for a name and a password")
         yield Demo(url, dispatcher, visitors, uploads, folder)

@@ -6,7 +6,7 @@ is this server's own address.
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
@@ -18,6 +18,7 @@ from medmax_fast.demo import settings
 from medmax_fast.demo.answer import Picture, Preview
 from medmax_fast.demo.talk import View, Visitors
 from medmax_fast.runtime import InputError
+from medmax_fast.serving.hosts import HostCheck
 
 DISCLAIMER = "For research only: nothing that this model says or draws is medical advice."
 MODES = (("Text", "text"), ("A picture", "image"), ("Both", "any"))
@@ -214,8 +215,20 @@ def _alert(line: str) -> str:
     return f"<p role='alert'>{html.escape(line)}</p>"
 
 
-def launch(page: gr.Blocks, host: str, port: int, share: bool, auth: list[tuple[str, str]], **limits: int) -> str:
-    """Serve the page from a thread; its address. limits: max_file_size in bytes, max_threads for handlers."""
+def launch(
+    page: gr.Blocks,
+    host: str,
+    port: int,
+    share: bool,
+    auth: list[tuple[str, str]],
+    names: Collection[str],
+    **limits: int,
+) -> str:
+    """Serve the page from a thread; its address.
+
+    names: by which it may be called, empty for any. limits: max_file_size in bytes, max_threads for handlers.
+    """
+    own = {"middleware": [(HostCheck, (), {"names": names})]} if names else None
     # Fonts of the system, so that none is fetched.
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts)
@@ -239,6 +252,7 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool, auth: list[tuple[
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
+        app_kwargs=own,
         **limits,
     )
     if share and not public:

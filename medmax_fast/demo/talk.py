@@ -24,7 +24,12 @@ from medmax_fast.runtime import InputError
 from medmax_fast.serving.conversation import Turn, content_of, fit
 from medmax_fast.serving.dispatcher import Busy, Dispatcher, Drawing, Stream
 from medmax_fast.serving.uploads import Uploads, label
-from medmax_fast.vocab import TextTokenizer
+from medmax_fast.vocab import IMAGE_IDS, TextTokenizer
+
+# Of a question: more find no room in a prompt.
+MOST_IMAGES = MAX_POSITIONS // IMAGE_IDS
+# Conversations at a time; the oldest ones end for more, since a page may be closed without saying so.
+MOST_TALKS = 512
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Talk:
         self._stream: Stream | None = None
         self._pictures = 0
         self._closed = False
-        self._lock = threading.Lock()
+        # Files and turns; held while a question is read.
+        self._lock, self._asking = threading.Lock(), threading.Lock()
 
     def view(self, status: str) -> View:
         """The turns that are finished, with a line of the caller's."""
@@ -72,6 +78,14 @@ class Talk:
         fields: settings of the Request. InputError, at once or later, for what cannot be answered; the conversation
         is then what it was.
         """
+        if not self._asking.acquire(blocking=False):
+            raise InputError("a question is being read already")
+        try:
+            return self._submit(text, files, mode, fields)
+        finally:
+            self._asking.release()
+
+    def _submit(self, text: str, files: list[str], mode: str, fields: dict) -> Iterator[View]:
         if self._stream is not None:
             raise InputError("an answer is still being made; wait for it, or press Stop")
         if mode != "text" and not self._service.draws:
@@ -86,6 +100,7 @@ class Talk:
             self._stream = self._service.dispatcher.submit(request, previews=True)
         except (InputError, Busy, RuntimeError) as error:
             self._drop([question])
+            self._unshow(shown)
             again = "; what you typed is kept, try again in a moment" if isinstance(error, Busy) else ""
             raise InputError(f"{error}{again}") from error
         return self._follow(self._stream, turns, shown)
@@ -108,6 +123,10 @@ class Talk:
         """What the user says, images first as in training, and the same for the page."""
         if not text and not files:
             raise InputError("type a question, or attach an image")
+        if len(files) > MOST_IMAGES:
+            raise InputError(f"{len(files)} images, expected at most {MOST_IMAGES} in a question")
+        # Half of a surrogate pair, which a browser may send, is no text.
+        text = text.encode(errors="replace").decode()
         content: list[dict] = []
         shown: list[Piece] = []
         try:
@@ -118,9 +137,12 @@ class Talk:
                 with self._service.looking:
                     pixels = load_image(path)
                 shown.append(Picture(self._save(pixels), f"{name}, as the model sees it"))
-        except InputError:
+        except (InputError, OSError) as error:
             self._drop([Turn("user", content)])
-            raise
+            self._unshow(shown)
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"no room for an image ({error.strerror})") from error
         if text:
             content.append({"type": "text", "text": text})
             shown.append(text)
@@ -168,6 +190,12 @@ class Talk:
                 write_png(path, pixels)
         return path
 
+    def _unshow(self, shown: list[Piece]) -> None:
+        """Delete the pictures of a question that is not asked."""
+        for piece in shown:
+            if isinstance(piece, Picture):
+                piece.path.unlink(missing_ok=True)
+
     def _drop(self, turns: list[Turn]) -> None:
         """Delete the uploads of turns that are no longer needed."""
         paths = [Path(piece["path"]) for turn in turns for piece in turn.content if piece["type"] == "image"]
@@ -188,15 +216,20 @@ class Visitors:
     def __init__(self, service: Service):
         self._service = service
         self._talks: dict[str, Talk] = {}
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), False
 
     def enter(self, key: str) -> Talk:
         """A new conversation; what the page had before is closed."""
         talk = Talk(self._service)
         with self._lock:
-            before, self._talks[key] = self._talks.get(key), talk
-        if before:
-            before.close()
+            gone = [self._talks.pop(key)] if key in self._talks else []
+            self._talks[key] = talk
+            oldest = list(self._talks)[: max(0, len(self._talks) - MOST_TALKS)]
+            gone += [self._talks.pop(other) for other in oldest]
+        for other in gone:
+            other.close()
+        if self._ended:
+            talk.close()
         return talk
 
     def of(self, key: str) -> Talk | None:
@@ -217,5 +250,7 @@ class Visitors:
         return self
 
     def __exit__(self, *_) -> None:
+        # Handlers go on for some seconds; what they begin now is closed from its beginning.
+        self._ended = True
         for key in list(self._talks):
             self.leave(key)

@@ -1,7 +1,9 @@
 """A module that runs in a process of its own and answers with lines of JSON, whatever libraries print meanwhile."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ class Child:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.kill()
+        self._kill()
         self._process.wait()
         self._answers.close()
         self._said.close()
@@ -45,7 +47,7 @@ class Child:
 
         def end() -> None:
             late.set()
-            self._process.kill()
+            self._kill()
 
         timer = threading.Timer(max(seconds, 0), end)
         timer.start()
@@ -62,6 +64,11 @@ class Child:
             self._said.seek(0)
             last = " ".join(self._said.read().strip().splitlines()[-1:])
             self.failure = f"its process ended with status {status}: {last or 'without a word'}"
+
+    def _kill(self) -> None:
+        """End the process with those that it has started, such as compilers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def answers() -> TextIO:

@@ -80,8 +80,9 @@ def _faults(imports: Child, tried: list[str], seconds: float) -> dict[str, str]:
     """Why an import failed, by module; empty for one that works, none for one that was not reached in time."""
     faults = {row["module"]: row["error"] for row in imports.lines(seconds)}
     if imports.failure and not imports.late:
-        # The first one that is not there has ended the process.
-        faults[next(name for name in tried if name not in faults)] = f"import: {imports.failure}"
+        # The first one that is not there has ended the process; none, if it failed only as it ended.
+        for name in [name for name in tried if name not in faults][:1]:
+            faults[name] = f"import: {imports.failure}"
     return faults
 
 

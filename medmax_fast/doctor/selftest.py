@@ -9,6 +9,7 @@ interprets kernels only if TRITON_INTERPRET=1 is set before it is imported.
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,8 @@ from medmax_fast.doctor.child import answers
 
 # What a kernel that does not work here may raise, beside Triton's own.
 ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
-ERRORS += (OSError, RuntimeError, TypeError, ValueError)
+# Triton compiles what starts a kernel with the C compiler, in a process of its own.
+ERRORS += (OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError)
 
 
 def main() -> None:

@@ -74,6 +74,11 @@ class PromptEncoder:
     def remember(self, file: bytes, codes: np.ndarray) -> None:
         """Take an image file of exactly these bytes for these codes [1024], as of a picture drawn from them."""
         self._codes[hashlib.sha256(file).hexdigest()] = codes.astype(np.uint16)
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        while len(self._codes) > CACHED_IMAGES:
+            self._codes.pop(next(iter(self._codes)))
 
     def _encode(self, request: Request, codes: dict[str, np.ndarray | InputError]) -> list[int] | InputError:
         layout, most = self.tokenizer.layout, request.max_length
@@ -157,8 +162,7 @@ class PromptEncoder:
                 found[path] = key
             else:
                 found[path] = errors[key] if key in errors else self._codes[key]
-        while len(self._codes) > CACHED_IMAGES:
-            self._codes.pop(next(iter(self._codes)))
+        self._forget_oldest()
         return found
 
 
@@ -174,6 +178,9 @@ def _hash(path: str) -> str | InputError:
         return hash_file(require_file(path))
     except InputError as error:
         return error
+    except OSError as error:
+        # Such as the upload of somebody who has gone meanwhile.
+        return InputError(f"{path}: cannot be read ({error.strerror})")
 
 
 def _load(path: str) -> np.ndarray | InputError:

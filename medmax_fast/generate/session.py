@@ -81,6 +81,9 @@ class Session:
         self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
         self._encoded = deque(entry for entry in self._encoded if entry[0] != number)
         if number in self._running:
+            # Guides opened by the last step have no pass yet, and other streams may share their pages.
+            with torch.inference_mode():
+                self._prefill()
             self._leave(number)
 
     def events(self, group=None) -> Iterator[tuple[int, Event]]:

@@ -8,7 +8,6 @@ asking first, which is refused, and a name of theirs that leads to this machine 
 
 import hmac
 import json
-import re
 import secrets
 import time
 from collections.abc import Collection
@@ -34,6 +33,7 @@ from medmax_fast.runtime import InputError
 from medmax_fast.serving.answering import Answering, while_connected
 from medmax_fast.serving.conversation import content_of, count_ids
 from medmax_fast.serving.dispatcher import Busy, Dispatcher
+from medmax_fast.serving.hosts import is_one_of
 from medmax_fast.serving.protocol import ApiError, image_data, read_chat
 from medmax_fast.serving.replies import Choice, Counts, Reply
 from medmax_fast.serving.uploads import Uploads
@@ -41,6 +41,8 @@ from medmax_fast.vocab import IMAGE_CODES, IMAGE_IDS
 
 # Requests that are read, and their images decoded, at a time.
 READERS = 4
+# Bodies that arrive at a time, which bounds memory, and the seconds that one may take.
+BODIES, BODY_SECONDS = 16, 120
 # Of a body beside its images, whose bytes take a third more in base64; no text that fits into the context is as long.
 TEXT_BYTES = 1 << 20
 
@@ -77,7 +79,7 @@ class Service:
         self._dispatcher, self._uploads = dispatcher, uploads
         self._tokenizer, self._draws = engine.tokenizer, engine.encoder.checkpoint.draws
         self._key, self._hosts, self._most_choices = key.encode(), hosts, config.batch_size
-        self._reading = anyio.CapacityLimiter(READERS)
+        self._reading, self._arriving = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(BODIES)
         # Those of answers that a client has left behind end a moment later.
         self._threads = anyio.CapacityLimiter(2 * (config.batch_size + config.waiting))
         self._max_body = uploads.max_bytes * 4 // 3 * (MAX_POSITIONS // IMAGE_IDS) + TEXT_BYTES
@@ -99,13 +101,17 @@ class Service:
     # ---- routes ----
 
     async def _chat(self, request: Request) -> Response:
-        try:
-            body = await self._body(request)
-        except ClientDisconnect:
-            self.counts.hung_up += 1
-            return Response()
-        prepared = await to_thread.run_sync(self._prepare, body, limiter=self._reading)
-        del body
+        async with self._arriving:
+            try:
+                with anyio.fail_after(BODY_SECONDS):
+                    body = await self._body(request)
+            except ClientDisconnect:
+                self.counts.hung_up += 1
+                return Response()
+            except TimeoutError as error:
+                raise ApiError(f"the body has not arrived within {BODY_SECONDS} s", status=408) from error
+            prepared = await to_thread.run_sync(self._prepare, body, limiter=self._reading)
+            del body
         try:
             answering = self._submit(prepared)
         except ApiError:
@@ -159,6 +165,10 @@ class Service:
         if text > TEXT_BYTES:
             much = f"messages: {text} characters of text, too many for {MAX_POSITIONS} ids"
             raise ApiError(much, "messages", code="context_length_exceeded")
+        parts = len(chat.turns) + sum(len(turn.content) for turn in chat.turns)
+        if parts > MAX_POSITIONS:
+            many = f"messages: {parts} messages and parts, too many for {MAX_POSITIONS} ids"
+            raise ApiError(many, "messages", code="context_length_exceeded")
         try:
             content = content_of(chat.turns, self._tokenizer)
         except InputError as error:
@@ -185,6 +195,8 @@ class Service:
             paths.append(self._uploads.add(data, piece["where"]))
         except InputError as error:
             raise ApiError(str(error), piece["where"], code="invalid_image") from error
+        except OSError as error:
+            raise ApiError(f"no room for an image ({error.strerror})", piece["where"], status=507) from error
         return {"type": "image", "path": str(paths[-1])}
 
     def _submit(self, prepared: Prepared) -> Answering:
@@ -225,11 +237,9 @@ class Service:
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         """Why a request must not go further, if so."""
-        if self._hosts:
-            name = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", headers.get("host", ""))
-            if not name or name[1].strip("[]").lower() not in self._hosts:
-                stranger = f"host {headers.get('host', '')!r} is not a name of this server"
-                return ApiError(f"{stranger}: {', '.join(sorted(self._hosts))}", status=403, code="unknown_host")
+        if self._hosts and not is_one_of(headers.get("host", ""), self._hosts):
+            stranger = f"host {headers.get('host', '')!r} is not a name of this server"
+            return ApiError(f"{stranger}: {', '.join(sorted(self._hosts))}", status=403, code="unknown_host")
         if self._key and path != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):

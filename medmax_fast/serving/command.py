@@ -24,10 +24,12 @@ KEY_NAME = "MEDMAX_API_KEY"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Seconds between two looks at whether all is still running, and those that a client has to take the end of its answer.
 _PULSE, _FAREWELL = 0.5, 3
+# Connections at a time; more are told to come later, with status 503.
+_CONNECTIONS = 1024
 
 
 class Terminated(BaseException):
-    """SIGTERM came; like an interrupt it is nobody's error to handle."""
+    """SIGTERM came, or the terminal was closed; like an interrupt it is nobody's error to handle."""
 
 
 def serve(config: ServeConfig) -> dict:
@@ -117,6 +119,7 @@ def running(app, listener: socket.socket) -> Iterator[threading.Thread]:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_FAREWELL,
     )
     server = uvicorn.Server(options)
@@ -131,12 +134,17 @@ def running(app, listener: socket.socket) -> Iterator[threading.Thread]:
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM as a Terminated for the time of the context, so that what is open is closed; in the main thread only."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    """SIGTERM and SIGHUP as a Terminated for the time of the context, so that what is open is closed.
+
+    In the main thread only. One that is ignored, as nohup has it for a closed terminal, stays so.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(*_) -> NoReturn:

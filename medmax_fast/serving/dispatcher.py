@@ -209,7 +209,6 @@ class Dispatcher:
             self._line = deque(stream for stream in self._line if not stream.cancelled.is_set())
             gone += [stream for stream in self._running.values() if stream.cancelled.is_set()]
             for stream in gone:
-                session.cancel(stream.number)
                 self._running.pop(stream.number, None)
             for stream in itertools.islice(self._line, self._batch_size - len(self._running)):
                 stream.number, stream.begun = session.submit(stream.request), time.monotonic()
@@ -217,6 +216,9 @@ class Dispatcher:
             self._line = deque(stream for stream in self._line if stream.number < 0)
         for stream in gone:
             stream.put(None)
+        # Not under the lock, which those who submit wait for: this may compute.
+        for stream in gone:
+            session.cancel(stream.number)
         while not self._known.empty():
             self._engine.encoder.remember(*self._known.get())
         return True

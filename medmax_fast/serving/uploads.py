@@ -16,8 +16,8 @@ from pathlib import Path
 
 from medmax_fast.data.images import FORMATS, MAX_PIXELS, ImageError, decode
 from medmax_fast.data.resize import fit
-from medmax_fast.model.picture_decoder import write_png
 from medmax_fast.runtime import InputError, one_line
+from medmax_fast.serving.replies import png
 
 # Images decoded at a time, which bounds memory: one of 50 million pixels takes 200 MB and more.
 DECODERS = 2
@@ -42,7 +42,7 @@ class Uploads:
         self._allowed = f"allowed are {', '.join(FORMATS)} and DICOM, up to {size}"
         self._folder: Path | None = None
         self._paths: set[Path] = set()
-        self._decoding = threading.BoundedSemaphore(DECODERS)
+        self._decoding, self._writing = threading.BoundedSemaphore(DECODERS), threading.Lock()
 
     def add(self, data: bytes, name: str) -> Path:
         """Check the bytes of an image file and keep them, or what a model sees of a large one; the path of that.
@@ -61,14 +61,17 @@ class Uploads:
                 small = fit(picture.pixels) if math.prod(picture.size) > _LARGE else None
         except ImageError as error:
             raise InputError(f"{name}: {error.reason}; {self._allowed}") from error
-        if self._folder is None:
-            raise RuntimeError("the folder of uploads is not open")
-        path = self._folder / secrets.token_hex(16)
-        self._paths.add(path)
-        if small is None:
-            path.write_bytes(data)
-        else:
-            write_png(path, small)
+        # Not while the folder is being deleted.
+        with self._writing:
+            if self._folder is None:
+                raise RuntimeError("the folder of uploads is not open")
+            path = self._folder / secrets.token_hex(16)
+            try:
+                path.write_bytes(data if small is None else png(small))
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+            self._paths.add(path)
         return path
 
     def drop(self, paths: Iterable[Path]) -> None:
@@ -88,10 +91,11 @@ class Uploads:
         return self
 
     def __exit__(self, *_) -> None:
-        folder, self._folder = self._folder, None
+        with self._writing:
+            folder, self._folder = self._folder, None
+            self._paths.clear()
         assert folder is not None
-        self._paths.clear()
-        # A thread may be writing a last file.
+        # A thread may be dropping a last file.
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
 
