@@ -83,7 +83,8 @@ def _read_ids(path: str, layout: IdLayout) -> tuple[np.ndarray, np.ndarray]:
     if Path(path).is_dir():
         store = TokenStore(path)
         if store.layout.vocab_size > layout.vocab_size:
-            raise InputError(f"{path}: ids up to {store.layout.vocab_size - 1}, the checkpoint has {layout.vocab_size}")
+            ids = f"{store.layout.vocab_size} ids, the checkpoint's {layout.vocab_size}"
+            raise InputError(f"{path}: its vocabulary has {ids}")
         return store.ids, store.offsets
     dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.uint32
     rows = []

@@ -168,7 +168,7 @@ def _check_store(store: TokenStore, config: TrainConfig, checkpoint: Checkpoint)
         raise InputError(f"{store.path}: built with tokenizer {found}, {config.ckpt} has {expected}")
     if store.layout.vocab_size > checkpoint.shape.vocab_size:
         raise InputError(
-            f"{store.path}: ids up to {store.layout.vocab_size - 1}, but {config.ckpt} has "
+            f"{store.path}: a vocabulary of {store.layout.vocab_size} ids, but {config.ckpt} has "
             f"{checkpoint.shape.vocab_size} embeddings"
         )
 

@@ -360,8 +360,8 @@ def test_a_store_with_more_ids_than_the_checkpoint(golden, golden_checkpoint, tm
         path.write_text(path.read_text().replace('"<s>": 0,', '"<s>": 0, "more": 10212,', 1))
     (tmp_path / "rows.jsonl").write_text('{"text": "Is it?<reserved08706>It is."}\n')
     build(BuildConfig(str(tmp_path / "rows.jsonl"), str(golden_checkpoint), str(tmp_path / "store")))
-    with pytest.raises(InputError, match="store: ids up to 10212, the checkpoint has 10212"):
+    with pytest.raises(InputError, match="store: its vocabulary has 10213 ids, the checkpoint's 10212"):
         score(ScoreConfig(str(golden / "checkpoint"), str(tmp_path / "store"), str(tmp_path / "scores.jsonl")))
     config = TrainConfig(str(tmp_path / "store"), str(golden_checkpoint), str(tmp_path / "run"))
-    with pytest.raises(InputError, match="store: ids up to 10212, but .* has 10212 embeddings"):
+    with pytest.raises(InputError, match="store: a vocabulary of 10213 ids, but .* has 10212 embeddings"):
         _check_store(TokenStore(config.data), config, open_checkpoint(config.ckpt))

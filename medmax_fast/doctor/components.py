@@ -70,7 +70,7 @@ def _gpu(cards: list[str]) -> dict:
 
 
 def _extension() -> dict:
-    reinstall = "pip install --force-reinstall --no-deps medmax_fast, with a C++ compiler"
+    reinstall = "pip install --force-reinstall --no-deps . in a checkout, with a C++ compiler"
     try:
         from medmax_fast._csrc import has_avx2
     except ImportError as error:

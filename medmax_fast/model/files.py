@@ -128,6 +128,12 @@ class TorchFile:
         self._state = None
 
 
+def reason_of(error: Exception) -> str:
+    """Why torch cannot load a file, without its advice to have the code in the file run."""
+    lines = str(error).splitlines()
+    return lines[0].partition(". In PyTorch")[0] if lines else type(error).__name__
+
+
 def load_pickle(path: Path) -> dict:
     """A torch file as a dict of memory-mapped tensors, without running code; InputError if that cannot be done."""
     require_file(path)
@@ -136,10 +142,9 @@ def load_pickle(path: Path) -> dict:
             raise ValueError("no archive as torch.save writes it since 1.6, or cut off")
         value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: cannot be read as plain tensors ({reason}); if it is a whole but old file, load it where you "
-            "trust it and torch.save its state dict"
+            f"{path}: cannot be read as plain tensors ({reason_of(error)}); if it is a whole but old file, load it "
+            "where you trust it and torch.save its state dict"
         ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected a dict of tensors")

@@ -104,7 +104,7 @@ def _moved(found: torch.Tensor, expected: torch.Tensor) -> str:
     if not rows:
         return ""
     largest = (found.float() - expected.float()).abs().nan_to_num().max().item()
-    return f"at {len(rows)} of its {len(found)} positions, from the {rows[0] + 1}. on, by up to {largest:.2g}"
+    return f"at {len(rows)} of its {len(found)} positions, from number {rows[0] + 1} on, by up to {largest:.2g}"
 
 
 def _compare_alone(name: str, i: int, packed: torch.Tensor, alone: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from medmax_fast.model.files import reason_of
 from medmax_fast.runtime import InputError
 
 _FILE = r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_{}_states\.pt"
@@ -356,5 +357,4 @@ def _load(file: Path) -> Any:
             raise InputError(
                 f"{file}: asks for {asked[1]}, and no code is run from a checkpoint; {_WAY_OUT}"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file}: cannot be read, expected a whole file of torch.save ({reason})") from error
+        raise InputError(f"{file}: cannot be read, expected a whole file of torch.save ({reason_of(error)})") from error

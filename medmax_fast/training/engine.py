@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.files import read_json
+from medmax_fast.model.files import reason_of
 from medmax_fast.runtime import InputError, log, rank_and_world
 from medmax_fast.training.processes import barrier
 
@@ -257,8 +258,7 @@ def load_engine(engine, folder: Path, adapter_only: bool) -> None:
         with _weights_only():
             found, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not adapter_only)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: cannot be read; delete it to use the one before ({reason})") from error
+        raise InputError(f"{folder}: cannot be read; delete it to use the one before ({reason_of(error)})") from error
     if found is None:
         raise InputError(f"{folder}: no DeepSpeed state of this rank; delete the folder to use the one before")
 
