@@ -132,6 +132,11 @@ def test_a_question_that_is_not_asked_leaves_no_file(engine, tmp_path, monkeypat
             patch.setattr(shared.uploads, "add", lambda *_: (_ for _ in ()).throw(full))
             with pytest.raises(InputError, match=r"^no room for an image \(No space left on device\)$"):
                 talk.ask("What?", [str(image)], "text", fields())
+        with monkeypatch.context() as patch:
+            gone = FileNotFoundError(2, "No such file or directory")
+            patch.setattr("medmax_fast.generate.prompts.hash_file", lambda _: (_ for _ in ()).throw(gone))
+            with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\)"):
+                list(talk.ask("What?", [str(image)], "text", fields()))
         with talk._asking, pytest.raises(InputError, match="a question is being read already"):
             talk.ask("What?", [], "text", fields())
         assert not len(shared.uploads) and not [path for path in served.rglob("*") if path.is_file()]

@@ -157,6 +157,7 @@ class Talk:
                 for status in follow(stream, answer):
                     yield View([*self._shown, asked, ("assistant", answer.pieces)], status, True)
             if answer.error:
+                self._unshow(shown)
                 raise InputError(answer.error)
             answer.drop_preview()
             with self._lock:

@@ -253,8 +253,8 @@ class Service:
 
     async def _fail_http(self, request: Request, error: HTTPException) -> Response:
         """What the router refuses."""
-        message = f"{request.method} {request.url.path}: {error.detail.lower()}"
-        return _failure(ApiError(message, status=error.status_code, **(error.headers or {})))
+        refused = f"{request.method} {request.url.path}: {error.detail.lower()}"
+        return _failure(ApiError(refused, status=error.status_code, **(error.headers or {})))
 
 
 class _EventStream(Response):
