@@ -28,7 +28,7 @@ from medmax_fast.demo.talk import Service, Talk, Visitors  # noqa: E402
 from medmax_fast.generate.engine import Engine  # noqa: E402
 from medmax_fast.generate.requests import Request  # noqa: E402
 from medmax_fast.runtime import InputError  # noqa: E402
-from medmax_fast.serving.dispatcher import Dispatcher  # noqa: E402
+from medmax_fast.serving.dispatcher import Busy, Dispatcher  # noqa: E402
 from medmax_fast.serving.uploads import Uploads  # noqa: E402
 
 # Gradio's own use of pandas.
@@ -137,6 +137,13 @@ def test_a_question_that_is_not_asked_leaves_no_file(engine, tmp_path, monkeypat
             patch.setattr("medmax_fast.generate.prompts.hash_file", lambda _: (_ for _ in ()).throw(gone))
             with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\)"):
                 list(talk.ask("What?", [str(image)], "text", fields()))
+        with monkeypatch.context() as patch:
+            full = Busy("2 requests are waiting")
+            patch.setattr(shared.dispatcher, "submit", lambda *_, **__: (_ for _ in ()).throw(full))
+            with pytest.raises(
+                InputError, match="^2 requests are waiting; what you typed is kept, try again in a moment$"
+            ):
+                talk.ask("What?", [str(image)], "text", fields())
         with talk._asking, pytest.raises(InputError, match="a question is being read already"):
             talk.ask("What?", [], "text", fields())
         assert not len(shared.uploads) and not [path for path in served.rglob("*") if path.is_file()]
