@@ -304,16 +304,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig:
-    """Answer the OpenAI chat-completions protocol over HTTP, with text and pictures in and out."""
+class _ForUsers:
+    """What `serve` and `demo` have in common; each has its own values of port, batch_size and waiting."""
 
     ckpt: str = required("checkpoint folder")
     vqgan: str = option("", VQGAN)
     host: str = option("127.0.0.1", "address to listen on; another one than this is open to the network")
-    port: int = option(8000, "port to listen on (0: any that is free)")
-    name: str = option("", "the model's name for clients (default: that of the checkpoint's folder)")
-    batch_size: int = option(16, "requests answered at a time")
-    waiting: int = option(64, "requests that may wait beside them; more are refused with status 429")
+    port: int = option(0, "port to listen on (0: any that is free)")
+    batch_size: int = option(8, "requests answered at a time")
+    waiting: int = option(32, "requests that may wait beside them")
     max_upload_mb: float = option(20.0, "most MB of an image")
     max_pixels: float = option(50.0, "most millions of pixels of an image")
     precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
@@ -323,23 +322,23 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class ServeConfig(_ForUsers):
+    """Answer the OpenAI chat-completions protocol over HTTP, with text and pictures in and out."""
+
+    port: int = option(8000, "port to listen on (0: any that is free)")
+    batch_size: int = option(16, "requests answered at a time")
+    waiting: int = option(64, "requests that may wait beside them; more are refused with status 429")
+    name: str = option("", "the model's name for clients (default: that of the checkpoint's folder)")
+
+
+@dataclass(frozen=True)
+class DemoConfig(_ForUsers):
     """Open a web page to chat about images and to have pictures drawn."""
 
-    ckpt: str = required("checkpoint folder")
-    vqgan: str = option("", VQGAN)
-    host: str = option("127.0.0.1", "address to listen on; another one than this is open to the network")
     port: int = option(7860, "port to listen on (0: any that is free)")
+    waiting: int = option(32, "requests that may wait beside them; more are turned away")
     share: bool = option(False, "publish the page through a tunnel of Gradio's, for anyone who has the link")
     auth: bool = option(False, "ask for a name and a password: MEDMAX_AUTH in the environment, as name:password")
-    batch_size: int = option(8, "requests answered at a time")
-    waiting: int = option(32, "requests that may wait beside them; more are turned away")
-    max_upload_mb: float = option(20.0, "most MB of an image")
-    max_pixels: float = option(50.0, "most millions of pixels of an image")
-    precision: str = option("auto", "arithmetic (auto: bf16 on a GPU, fp32 on a CPU)", DTYPES)
-    quantize: str = option("none", "8-bit weights by torchao; answers change", ("none", "int8", "fp8"))
-    cache_gb: float = option(0.0, "GB for keys and values (0: three quarters of the memory that is free)")
-    device: str = option("auto", "where the model runs", DEVICES)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What `make demo` and the examples rest on, without the training: pictures, questions, rows, commands' inputs."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -10,19 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scripts import load
 
 from medmax_fast.data.images import load_image
 from medmax_fast.eval.questions import load_questions
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load(path):
-    """An example as a module, as if it had been started."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import doc_commands
 import pytest
 from chat_server import serve
 from doc_blocks import PAGES, ROOT, Block, blocks, inline_commands
+from scripts import load
 
 import medmax_fast
 from medmax_fast.cli import build_parser
@@ -162,14 +163,6 @@ def test_the_picture_is_what_is_drawn():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr(drawing, "FLOW", {name: flow for name, flow in drawing.FLOW.items() if name not in missing})
         drawing.draw()
-
-
-def load(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_layers_are_those_of_the_architecture():

@@ -2,7 +2,6 @@
 
 import ast
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 import medmax_fast
 from medmax_fast import _csrc
@@ -193,13 +193,6 @@ def test_types_of_the_extension_are_those_of_its_signatures():
         }
         (found[name],) = signatures
     assert {name: tuple(arguments) for name, arguments in stub_parameters().items()} == found
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_licences_are_those_of_every_dependency():

@@ -37,11 +37,12 @@ from medmax_fast.eval.servers.chat import ChatClient
 from medmax_fast.generate.engine import Engine
 from medmax_fast.generate.prompts import PromptEncoder
 from medmax_fast.generate.requests import Request
+from medmax_fast.model.picture_decoder import png
 from medmax_fast.runtime import InputError
 from medmax_fast.serving.app import Service
 from medmax_fast.serving.command import listening, names_of, running, serve, url_of
 from medmax_fast.serving.dispatcher import Dispatcher
-from medmax_fast.serving.replies import Counts, png
+from medmax_fast.serving.replies import Counts
 from medmax_fast.serving.uploads import Uploads
 
 KEY = "sk-very-secret-0123456789abcdef"

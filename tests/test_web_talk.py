@@ -14,6 +14,7 @@ import urllib.request
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -129,17 +130,17 @@ def test_a_question_that_is_not_asked_leaves_no_file(engine, tmp_path, monkeypat
         assert list(talk.ask("half \ud83d?", [], "text", fields()))[-1].turns[0] == ("user", ["half ??"])
         with monkeypatch.context() as patch:
             full = OSError(28, "No space left on device")
-            patch.setattr(shared.uploads, "add", lambda *_: (_ for _ in ()).throw(full))
+            patch.setattr(shared.uploads, "add", Mock(side_effect=full))
             with pytest.raises(InputError, match=r"^no room for an image \(No space left on device\)$"):
                 talk.ask("What?", [str(image)], "text", fields())
         with monkeypatch.context() as patch:
             gone = FileNotFoundError(2, "No such file or directory")
-            patch.setattr("medmax_fast.generate.prompts.hash_file", lambda _: (_ for _ in ()).throw(gone))
+            patch.setattr("medmax_fast.generate.prompts.hash_file", Mock(side_effect=gone))
             with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\)"):
                 list(talk.ask("What?", [str(image)], "text", fields()))
         with monkeypatch.context() as patch:
             full = Busy("2 requests are waiting")
-            patch.setattr(shared.dispatcher, "submit", lambda *_, **__: (_ for _ in ()).throw(full))
+            patch.setattr(shared.dispatcher, "submit", Mock(side_effect=full))
             with pytest.raises(
                 InputError, match="^2 requests are waiting; what you typed is kept, try again in a moment$"
             ):

@@ -6,6 +6,7 @@ came out decides for the rest. On a CPU everything is fp32.
 """
 
 import copy
+import io
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,16 @@ class PictureDecoder:
         return ImageTokenizer(vqgan, self._tokenizer.sha256, self._tokenizer.device, "fp16")
 
 
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as PNG, atomically."""
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as the bytes of a PNG file."""
     from PIL import Image
 
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] as PNG, atomically."""
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        temporary.write_bytes(png(pixels))

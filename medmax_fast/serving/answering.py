@@ -7,9 +7,10 @@ import anyio
 from anyio import to_thread
 
 from medmax_fast.generate.requests import Result, TextPiece
+from medmax_fast.model.picture_decoder import png
 from medmax_fast.serving.dispatcher import Dispatcher, Drawing, Stream
 from medmax_fast.serving.protocol import ApiError
-from medmax_fast.serving.replies import Choice, Reply, png
+from medmax_fast.serving.replies import Choice, Reply
 
 Emit = Callable[[bytes], Awaitable[None]]
 

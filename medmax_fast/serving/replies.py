@@ -5,13 +5,10 @@ the order of text and pictures can be told: an extra that clients which do not k
 """
 
 import base64
-import io
 import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from medmax_fast.generate.requests import Result
 
@@ -101,12 +98,3 @@ class Reply:
     def _usage(self) -> dict:
         total = self.prompt_ids + self.ids
         return {"prompt_tokens": self.prompt_ids, "completion_tokens": self.ids, "total_tokens": total}
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as a PNG file."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from medmax_fast.data.images import FORMATS, MAX_PIXELS, ImageError, decode
 from medmax_fast.data.resize import fit
+from medmax_fast.model.picture_decoder import png
 from medmax_fast.runtime import InputError, one_line
-from medmax_fast.serving.replies import png
 
 # Images decoded at a time, which bounds memory: one of 50 million pixels takes 200 MB and more.
 DECODERS = 2

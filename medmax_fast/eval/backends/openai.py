@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import numpy as np
+
 from medmax_fast.data.images import ImageError, Picture, decode, read_file
 from medmax_fast.eval.backends.protocol import NEW_TOKENS, Answer, Ask, Content
 from medmax_fast.eval.servers.chat import ChatClient, ChatError
+from medmax_fast.model.picture_decoder import png
 
 # Servers scale larger pictures down themselves, to less than this; it bounds what is sent.
 MAX_SIDE = 2048
@@ -113,9 +116,7 @@ def _png(picture: Picture, max_side: int) -> bytes:
     if longest > max_side:
         size = [max(1, round(side * max_side / longest)) for side in image.size]
         image = image.resize(size, Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+    return png(np.asarray(image))
 
 
 def _parts(content: Content) -> str | list[dict]:
