@@ -42,6 +42,9 @@ class Slots:
             return torch.zeros(count, *size, dtype=dtype, device=device)
 
         self.device = device
+        # Of a Python number torch makes a tensor of the host: to copy that into a place of its own is a wait for the
+        # device, and an error while a graph is captured.
+        self.true = torch.ones((), dtype=torch.bool, device=device)
         self.last_S, self.position_S = zeros(dtype=torch.int64), zeros(dtype=torch.int64)
         self.awake_S = zeros(dtype=torch.bool)
         self.table_SP = zeros(MAX_POSITIONS // PAGE, dtype=torch.int32)
@@ -68,20 +71,20 @@ class Slots:
         image = (request.guidance_text, request.guidance_image, cool * request.image_temperature, request.image_top_p)
         self.text_S3[slot] = to_device(torch.tensor(text), self.device)
         self.image_S4[slot] = to_device(torch.tensor(image), self.device)
-        self.boi_limit_S[slot] = grammar.image_limit(rules)
+        self.boi_limit_S[slot].fill_(grammar.image_limit(rules))
         if uniform is not None:
             self.uniform_SP[slot] = to_device(torch.from_numpy(uniform), self.device)
-        self.seen_SV[slot] = False
-        self.seen_SV[slot, to_device(torch.tensor(ids), self.device)] = True
+        self.seen_SV[slot].fill_(False)
+        self.seen_SV[slot, to_device(torch.tensor(ids), self.device)] = self.true
 
     def place(self, slots: list[int], last: list[int], positions: list[int]) -> None:
         """Say what the last ids of these streams are, and wake them."""
         index, last, positions = to_device(torch.tensor([slots, last, positions]), self.device)
-        self.last_S[index], self.position_S[index], self.awake_S[index] = last, positions, True
+        self.last_S[index], self.position_S[index], self.awake_S[index] = last, positions, self.true
 
     def see(self, slot: int, new: int) -> None:
         """Count an id as part of a slot's sequence that was not picked here."""
-        self.seen_SV[slot, new] = True
+        self.seen_SV[slot, new].fill_(True)
 
 
 @dataclass
@@ -152,7 +155,7 @@ class Steps:
         new = self._agreed(new)
         s.last_S[slots_R] = torch.where(awake, new, s.last_S[slots_R])
         s.position_S[slots_R] = position + awake
-        s.seen_SV[slots_R, s.last_S[slots_R]] = True
+        s.seen_SV[slots_R, s.last_S[slots_R]] = s.true
         s.awake_S[slots_R] = awake & (new >= self.layout.text_start)
         return torch.where(awake, new, -1)
 
@@ -166,7 +169,7 @@ class Steps:
         # Streams of a group may coincide; they get the same values. Slot 0 stays where it is.
         s.position_S[groups_R3] = s.position_S[groups_R3] + s.awake_S[groups_R3]
         s.last_S[groups_R3] = new[:, None].expand(-1, 3)
-        s.seen_SV[full_R, new] = True
+        s.seen_SV[full_R, new] = s.true
         return torch.where(code < 0, -1, new)
 
     def _agreed(self, ids_R: torch.Tensor) -> torch.Tensor:
