@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from medmax_fast.kernels import group_norm
 from medmax_fast.kernels.blocks import blocks
+from medmax_fast.kernels.sums import Sum, sum_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -175,10 +176,11 @@ def test_strides():
     assert y.is_contiguous(memory_format=torch.channels_last)
     # Some columns of a row of pixels are evenly spaced, some columns of several rows are not.
     row = picture(1, 64, 1, 40)
-    y = group_norm.group_norm_silu(row[..., ::3], weight, bias, 32, EPS, impl="triton")
-    assert_as_good_as_torch(y, row[..., ::3], weight, bias, 32)
-    with pytest.raises(ValueError, match="expected channels_last"):
-        group_norm.group_norm_silu(x[..., :5], weight, bias, 32, EPS, impl="triton")
+    for some in (row[..., ::3], x[..., :5], x[:, :, ::2], x[:, :, 1:, 1:]):
+        before = some.clone()
+        y = group_norm.group_norm_silu(some, weight, bias, 32, EPS, impl="triton")
+        assert_as_good_as_torch(y, some, weight, bias, 32)
+        assert torch.equal(some, before)
 
 
 def test_other_layouts_and_gradients_go_to_torch(monkeypatch):
@@ -197,6 +199,183 @@ def test_other_layouts_and_gradients_go_to_torch(monkeypatch):
     # torch 2.13 crashes on a CPU when of a channels-last GroupNorm only the weight wants a gradient.
     group_norm.group_norm_silu(x.requires_grad_(), learnt, bias, 32, EPS).sum().backward()
     assert learnt.grad.abs().min() > 0 and x.grad.abs().max() > 0
+
+
+# What is added to x: which of shift, residual and residual_shift; and whether x is inside of a larger picture.
+SUMS = [("shift",), ("residual",), ("shift", "residual"), ("shift", "residual", "residual_shift"), ()]
+
+
+def pending(shape, dtype, parts, inside=False, seed=0, small=torch.float32):
+    """A sum of these parts, and a copy of it; what surrounds an x that lies inside must not be read: it is NaN."""
+    B, C, _, H, W = shape
+    x = picture(B, C, H, W, dtype, seed=seed)
+    if inside:
+        larger = torch.full((B, C, H + 1, W + 2), float("nan"), device=DEVICE, dtype=dtype)
+        larger = larger.contiguous(memory_format=torch.channels_last)
+        larger[:, :, 1:, 1 : W + 1] = x
+        x = larger[:, :, 1:, 1 : W + 1]
+    generator = torch.Generator().manual_seed(seed + 1)
+    made = {name: torch.randn(C, generator=generator).to(DEVICE, small) for name in ("shift", "residual_shift")}
+    made["residual"] = picture(B, C, H, W, dtype, seed=seed + 2)
+    made = [made[name] if name in parts else None for name in ("shift", "residual", "residual_shift")]
+    return Sum(x, *made), Sum(x.clone(), *(None if part is None else part.clone() for part in made))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "inside"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", SUMS, ids="+".join)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[11]], ids=str)
+def test_a_sum_and_its_norm(shape, parts, dtype, inside, poisoned):
+    (weight, bias), groups = affine(shape[1]), shape[2]
+    x, copy = pending(shape, dtype, parts, inside)
+    total, y = group_norm.add_group_norm_silu_(x, weight, bias, groups, EPS, impl="triton")
+    right = sum_ref(copy)
+    # Additions are exact to the rounding that follows each in fp32, and one to the dtype: no order is open.
+    assert torch.equal(total, right) and total.dtype == dtype
+    assert_as_good_as_torch(y, right, weight, bias, groups)
+    # Of x the memory is taken where it can be, all of x where nothing is to be written, and nothing else is changed.
+    same = total is x.x_BCHW
+    assert same == (not inside or (not parts and shape[3:] == (1, 1)))
+    assert same or total.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for part, before in zip(vars(x).values(), vars(copy).values(), strict=True):
+        assert part is None or part.data_ptr() == total.data_ptr() or torch.equal(part, before)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "inside"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", SUMS[:4], ids="+".join)
+def test_a_norm_without_its_sum(parts, dtype, inside, poisoned):
+    shape = (2, 96, 32, 19, 29)
+    weight, bias = affine(96)
+    x, copy = pending(shape, dtype, parts, inside)
+    y = group_norm.group_norm_silu(x, weight, bias, 32, EPS, impl="triton")
+    # Not rounded where it need not be written.
+    kept = inside or "residual" in parts
+    wide = Sum(*(None if part is None else part.double() for part in vars(copy).values()))
+    total = wide.x_BCHW
+    for shift in (wide.shift, wide.residual_BCHW, wide.residual_shift):
+        total = total if shift is None else total + (shift[:, None, None] if shift.ndim == 1 else shift)
+    total = sum_ref(copy).double() if kept else total
+    assert_as_good(y, torch_own(sum_ref(copy), weight, bias, 32), exact(total, weight, bias, 32), rows=len(total) * 32)
+    assert kept or torch.equal(x.x_BCHW, copy.x_BCHW)
+    # Statistics, the output, and only for what lies inside of something else a sum.
+    assert len(poisoned) == (3 if inside else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_sums(dtype, fresh_seed, poisoned):
+    draw = random.Random(fresh_seed)
+    groups = draw.choice([8, 20, 32])
+    shape = (draw.randint(1, 3), groups * draw.randint(1, 9), groups, draw.randint(2, 25), draw.randint(2, 25))
+    small = draw.choice([dtype, torch.float32])
+    x, copy = pending(shape, dtype, draw.choice(SUMS), draw.random() < 0.5, fresh_seed, small)
+    weight, bias = affine(shape[1], seed=fresh_seed)
+    total, y = group_norm.add_group_norm_silu_(x, weight, bias, groups, EPS, impl="triton")
+    assert torch.equal(total, sum_ref(copy))
+    assert_as_good_as_torch(y, sum_ref(copy), weight, bias, groups)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "inside"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", SUMS, ids="+".join)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_sum_alone(impl, parts, dtype, inside, poisoned):
+    x, copy = pending((2, 300, 1, 9, 7), dtype, parts, inside)
+    total = group_norm.add_up_(x, impl=impl)
+    assert torch.equal(total, sum_ref(copy)) and total.dtype == dtype
+    # Torch leaves x, from which a gradient may flow.
+    assert impl == "triton" or torch.equal(x.x_BCHW, copy.x_BCHW)
+    assert parts or total is x.x_BCHW
+
+
+def test_fp32_sums_are_rounded_as_torch_rounds_them():
+    # 1 + 2^-24 is 1 where the bias comes first, and a half more than that otherwise.
+    x = torch.full((1, 32, 4, 4), 1.0, device=DEVICE).to(memory_format=torch.channels_last)
+    tiny, residual = torch.full((32,), 2.0**-24, device=DEVICE), torch.full_like(x, 2.0**-24)
+    total = group_norm.add_up_(Sum(x, tiny, residual, torch.zeros_like(tiny)), impl="triton")
+    assert torch.equal(total, torch.ones_like(total)) and 1 + (2.0**-24 + 2.0**-24) > 1
+
+
+def test_pictures_are_put_together():
+    x, (shift, other_shift) = picture(1, 32, 3, 3), affine(32)
+    other = picture(1, 32, 3, 3, seed=4)
+    for total in (Sum(x, shift) + Sum(other, other_shift), Sum(x, shift) + other, other + Sum(x, shift)):
+        assert total.x_BCHW is x and total.shift is shift and total.residual_BCHW is other
+    assert (Sum(x, shift) + Sum(other, other_shift)).residual_shift is other_shift
+    with pytest.raises(AssertionError):
+        total + x
+
+
+def test_a_residual_of_another_layout_is_copied():
+    (x, copy), (weight, bias) = pending((2, 64, 32, 9, 7), torch.float32, ("residual",)), affine(64)
+    x.residual_BCHW = x.residual_BCHW.contiguous()
+    total, _ = group_norm.add_group_norm_silu_(x, weight, bias, 32, EPS, impl="triton")
+    assert torch.equal(total, sum_ref(copy))
+
+
+def test_gradients_of_a_sum_go_through_torch(monkeypatch):
+    (x, copy), (weight, bias) = pending((2, 64, 32, 5, 7), torch.float32, ("shift", "residual")), affine(64)
+    x.shift.requires_grad_()
+    with pytest.raises(ValueError, match="no backward"):
+        group_norm.add_group_norm_silu_(x, weight, bias, 32, EPS, impl="triton")
+    with pytest.raises(ValueError, match="no backward"):
+        group_norm.add_up_(x, impl="triton")
+    monkeypatch.setattr(group_norm, "use_triton", lambda impl, tensor: True)
+    monkeypatch.setattr(group_norm, "_sum_triton", lambda *_: pytest.fail("the kernel was taken"))
+    total, y = group_norm.add_group_norm_silu_(x, weight, bias, 32, EPS)
+    assert torch.equal(total, sum_ref(copy))
+    (total.sum() + y.sum() + group_norm.add_up_(x).sum()).backward()
+    assert x.shift.grad.abs().min() > 0
+    # Nor is a network's first convolution to leave a sum.
+    assert not group_norm.takes(x.x_BCHW)
+    with torch.no_grad():
+        assert group_norm.takes(x.x_BCHW) and not group_norm.takes(x.x_BCHW.contiguous())
+
+
+def test_no_pictures_to_add_up():
+    weight, bias = affine(64)
+    x, _ = pending((0, 64, 32, 5, 7), torch.float16, ("shift", "residual"))
+    for impl in ("torch", "triton", "auto"):
+        total, y = group_norm.add_group_norm_silu_(x, weight, bias, 32, EPS, impl=impl)
+        assert total.shape == y.shape == group_norm.add_up_(x, impl=impl).shape == (0, 64, 5, 7)
+
+
+ONES = torch.ones(2, 6, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (Sum(ONES, torch.ones(5)), r"shift \[5\] on cpu: expected \[6\] on cpu"),
+        (Sum(ONES, torch.ones(6, device="meta")), "shift .* on meta"),
+        (Sum(ONES.half(), torch.ones(6).bfloat16()), "shift torch.bfloat16: expected float32 or the input's"),
+        (Sum(ONES, None, ONES[:1]), r"residual \[1, 6, 3, 3\] of torch.float32 on cpu: expected \[2, 6, 3, 3\]"),
+        (Sum(ONES, None, ONES.half()), "residual .* of torch.float16"),
+        (Sum(ONES, None, ONES, torch.ones(7)), r"shift \[7\]"),
+        (Sum(ONES, None, None, torch.ones(6)), "residual_shift without a residual"),
+    ],
+)
+def test_sums_that_do_not_fit(x, message):
+    weight = torch.ones(6)
+    for call in (
+        lambda: group_norm.group_norm_silu(x, weight, weight, 2, EPS),
+        lambda: group_norm.add_group_norm_silu_(x, weight, weight, 2, EPS),
+        lambda: group_norm.add_up_(x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("x", [Sum(ONES[0], ONES[0, :, 0, 0]), Sum(ONES.double(), ONES[0, :, 0, 0])])
+def test_only_pictures_are_added_up(x):
+    with pytest.raises(ValueError, match=r"expected \[B, C, H, W\] of float32, float16 or bfloat16"):
+        group_norm.add_up_(x)
+
+
+def test_planes_are_not_for_the_kernel():
+    with pytest.raises(ValueError, match="expected channels_last"):
+        group_norm.add_up_(Sum(ONES.to(DEVICE), torch.ones(6, device=DEVICE)), impl="triton")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -9,12 +9,12 @@ from PIL import Image
 
 from medmax_fast.data.images import load_image
 from medmax_fast.kernels import group_norm
-from medmax_fast.model import vqgan as vqgan_module
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.image_tokenizer import ImageTokenizer, normalised
 from medmax_fast.model.init_vqgan import LEVELS, colour_vqgan
-from medmax_fast.model.vqgan import VQGAN, VQConfig
+from medmax_fast.model.vqgan import VQGAN
+from medmax_fast.model.vqgan_config import VQConfig
 from medmax_fast.runtime import InputError
 
 # A small encoder with 32 x 32 codes, as a 16-bit convolution takes minutes a picture on most CPUs.
@@ -158,34 +158,6 @@ def test_tf32_is_switched_for_the_call_only(precision, monkeypatch):
         conv.fp32_precision, matmul.fp32_precision = "tf32", "none"
 
 
-@pytest.mark.gpu(required=False)
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_channels_last_with_the_norm_kernel(half, dtype, monkeypatch):
-    # What runs on a GPU, in the interpreter where there is none: all layers keep channels last, or the kernel refuses.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = small_tokenizer("fp16" if dtype == torch.float16 else "fp32", device)
-    network = getattr(tokenizer.vqgan, half)
-    shape = (3, 32, 32) if half == "encoder" else (16, 16, 16)
-    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 2 - 1
-    with tokenizer._arithmetic():
-        expected = network(x)
-    network.to(memory_format=torch.channels_last)
-    calls = []
-
-    def with_kernel(*arguments):
-        calls.append(arguments)
-        return group_norm.group_norm_silu(*arguments, impl="triton")
-
-    monkeypatch.setattr(vqgan_module, "group_norm_silu", with_kernel)
-    with tokenizer._arithmetic():
-        found = network(x.contiguous(memory_format=torch.channels_last))
-    assert len(calls) == sum(isinstance(module, torch.nn.GroupNorm) for module in network.modules())
-    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    tolerance = 3e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_graph_equals_eager_whatever_the_batch_holds(precision):
@@ -201,8 +173,9 @@ def test_graph_equals_eager_whatever_the_batch_holds(precision):
 
 @pytest.mark.gpu
 def test_encoding_a_tensor_does_not_wait_for_the_gpu(monkeypatch):
-    # Every norm finds channels last and takes the kernel.
-    monkeypatch.setattr(group_norm, "group_norm_silu_ref", lambda *_: pytest.fail("a norm fell back to torch"))
+    # Every norm finds channels last and takes the kernel, and so does every sum.
+    for name in ("group_norm_silu_ref", "sum_ref"):
+        monkeypatch.setattr(group_norm, name, lambda *_: pytest.fail("torch in place of a kernel"))
     tokenizer = small_tokenizer("fp16", "cuda", batch_size=4)
     x_BCHW = torch.rand(6, 3, 64, 64, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     first = tokenizer.encode_tensor(x_BCHW)

@@ -21,7 +21,8 @@ from medmax_fast.data.resize import SIDE, resized_size
 from medmax_fast.model.arithmetic import repeatable
 from medmax_fast.model.checkpoint_base import Checkpoint
 from medmax_fast.model.image_tokenizer import normalised
-from medmax_fast.model.vqgan import VQGAN, VQConfig
+from medmax_fast.model.vqgan import VQGAN
+from medmax_fast.model.vqgan_config import VQConfig
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "images"
 # Squared distances of the two nearest codes that differ by less than this share, as the golden data counts near ties.

@@ -16,7 +16,7 @@ from medmax_fast.files import read_json, read_object, read_text, require_file
 from medmax_fast.model.checkpoint_base import Checkpoint, check_tensor, read_vqgan
 from medmax_fast.model.files import SafetensorsFile, TorchFile, check_files
 from medmax_fast.model.layout import Disagreement, Key, ModelShape, keys, to_hf
-from medmax_fast.model.vqgan import VQConfig
+from medmax_fast.model.vqgan_config import VQConfig
 from medmax_fast.runtime import InputError
 
 DECODER_FILE = "vqgan_decoder.safetensors"

@@ -8,7 +8,8 @@ import torch
 
 from medmax_fast.model.files import TorchFile, bytes_of
 from medmax_fast.model.layout import Key, ModelShape, keys
-from medmax_fast.model.vqgan import VQGAN, VQConfig
+from medmax_fast.model.vqgan import VQGAN
+from medmax_fast.model.vqgan_config import VQConfig
 from medmax_fast.progress import progress
 from medmax_fast.runtime import InputError, trim_heap
 

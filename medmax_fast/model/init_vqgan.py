@@ -11,7 +11,8 @@ shares its group with -s, A and -A, so the group's mean is 0 and its deviation i
 import torch
 from torch import nn
 
-from medmax_fast.model.vqgan import GROUPS, VQGAN, AttnBlock, Decoder, Encoder, ResBlock, VQConfig
+from medmax_fast.model.vqgan import GROUPS, VQGAN, AttnBlock, Decoder, Encoder, ResBlock
+from medmax_fast.model.vqgan_config import VQConfig
 
 LEVELS = (16, 32, 16)
 # The constant that dominates each group: (1/16)^2 / 2 is 0.2 % of full scale.

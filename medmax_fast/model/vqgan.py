@@ -4,97 +4,57 @@ Module names follow the taming-transformers checkpoint (`encoder.down.0.block.0.
 Hugging Face layout keeps under `model.vqmodel.`, so both load without renaming. Not torch are the nearest-code
 search, the `vq` kernel, which never builds the [N, 8192] distance matrix, and on a GPU GroupNorm with SiLU.
 
+There modules hand on a `Sum`, a picture that waits for its bias and its residual, and the norm that reads it adds them:
+a block of one width reads or writes all its values 12 times, which torch's additions make 17, and nothing is copied to
+be padded. Elsewhere, and where a gradient may be wanted, a picture is a tensor, added up where it is made.
+
 The convolutions of the encoder and the decoder may be held in 16 bits; the norms' affine parts, the 1x1 convolutions
 around the codebook and the codebook itself stay in fp32.
 
 Shapes: B pictures, C channels, H and W pixels, D the code dimension, K the number of codes.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medmax_fast.kernels.group_norm import group_norm_silu
+from medmax_fast.kernels.group_norm import add_group_norm_silu_, add_up_, group_norm_silu, takes
+from medmax_fast.kernels.sums import Sum
 from medmax_fast.kernels.vq import nearest_code
+from medmax_fast.model.vqgan_config import VQConfig
 
 GROUPS = 32
 NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Shape of a VQGAN, in the names of vqgan.yaml."""
-
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 256
-    embed_dim: int = 256
-    n_embed: int = 8192
-    resolution: int = 512
-    in_channels: int = 3
-    out_ch: int = 3
-    double_z: bool = False
-    attn_resolutions: tuple[int, ...] = ()
-    dropout: float = 0.0
-
-    # Hugging Face's names for the same facts (its configuration has no out_ch).
-    HF_NAMES = {
-        "ch": "base_channels",
-        "ch_mult": "channel_multiplier",
-        "z_channels": "latent_channels",
-        "n_embed": "num_embeddings",
-        "double_z": "double_latent",
-    }
-
-    @classmethod
-    def from_yaml(cls, spec: dict) -> "VQConfig":
-        """From the parsed vqgan.yaml; KeyError or TypeError where it lacks something."""
-        params = spec["model"]["params"]
-        values = {**params["ddconfig"], "embed_dim": params["embed_dim"], "n_embed": params["n_embed"]}
-        return cls._from(values)
-
-    @classmethod
-    def from_hf(cls, spec: dict) -> "VQConfig":
-        """From the `vq_config` of a Hugging Face config.json."""
-        return cls._from({name: spec.get(cls.HF_NAMES.get(name, name)) for name in cls.__dataclass_fields__})
-
-    @classmethod
-    def _from(cls, values: dict) -> "VQConfig":
-        kept = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
-        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
-        return cls(**shape)
-
-    def to_yaml(self) -> dict:
-        """The vqgan.yaml that describes this shape."""
-        ddconfig = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        top = {"embed_dim": ddconfig.pop("embed_dim"), "n_embed": ddconfig.pop("n_embed")}
-        params = {"ckpt_path": "vqgan.ckpt", "ddconfig": ddconfig, **top, "lossconfig": {"target": "none"}}
-        return {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
-
-    def to_hf(self) -> dict:
-        """The `vq_config` of a Hugging Face config.json."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        del values["out_ch"]
-        values["attn_resolutions"] = values["attn_resolutions"] or None
-        return {self.HF_NAMES.get(k, k): v for k, v in values.items()}
-
-    @property
-    def latent_side(self) -> int:
-        """Height and width of the grid of codes."""
-        return self.resolution // 2 ** (len(self.ch_mult) - 1)
+# What modules hand to each other, [B, C, H, W].
+Picture: TypeAlias = torch.Tensor | Sum
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
 
 
-def norm_silu(norm: nn.GroupNorm, x_BCHW: torch.Tensor, silu: bool = True) -> torch.Tensor:
+def norm_silu(norm: nn.GroupNorm, x: Picture, silu: bool = True) -> torch.Tensor:
     """GroupNorm, then SiLU unless told otherwise: the kernel for channels last on a GPU, else torch's own two."""
-    return group_norm_silu(x_BCHW, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def add_norm_silu(norm: nn.GroupNorm, x: Picture, silu: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picture added up, and its norm."""
+    return add_group_norm_silu_(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def convolved(conv: nn.Conv2d, x_BCHW: torch.Tensor, like: Picture) -> Picture:
+    """The convolution; without its bias as yet where `like` is a Sum, which whoever reads the result will add."""
+    if not isinstance(like, Sum):
+        return conv(x_BCHW)
+    return Sum(F.conv2d(x_BCHW, conv.weight, None, conv.stride, conv.padding), conv.bias)
+
+
+def first_convolved(conv: nn.Conv2d, x_BCHW: torch.Tensor) -> Picture:
+    """The convolution that a network begins with, which decides for all of them: a Sum where the kernel takes it."""
+    return convolved(conv, x_BCHW, like=Sum(x_BCHW) if takes(x_BCHW) else x_BCHW)
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -110,10 +70,12 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = _norm(channels_out), _conv3(channels_out, channels_out)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(norm_silu(self.norm1, x_BCHW))
-        h = self.conv2(norm_silu(self.norm2, h))
-        return h + (x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW))
+    def forward(self, x: Picture) -> Picture:
+        x_BCHW, h = add_norm_silu(self.norm1, x)
+        h = convolved(self.conv1, h, like=x)
+        h = norm_silu(self.norm2, h)
+        h = convolved(self.conv2, h, like=x)
+        return h + (x_BCHW if self.nin_shortcut is None else convolved(self.nin_shortcut, x_BCHW, like=x))
 
 
 class AttnBlock(nn.Module):
@@ -124,11 +86,11 @@ class AttnBlock(nn.Module):
         self.norm = _norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h = norm_silu(self.norm, x_BCHW, silu=False)
+    def forward(self, x: Picture) -> Picture:
+        x_BCHW, h = add_norm_silu(self.norm, x, silu=False)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x_BCHW + self.proj_out(out.transpose(1, 2).reshape(x_BCHW.shape))
+        return x_BCHW + convolved(self.proj_out, out.transpose(1, 2).reshape(x_BCHW.shape), like=x)
 
 
 class Downsample(nn.Module):
@@ -138,8 +100,14 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+    def forward(self, x: Picture) -> Picture:
+        if not isinstance(x, Sum):
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        x_BCHW = add_up_(x)
+        # Padded by two on every side, which needs no copy, and without the first row and column these are its windows.
+        high, wide = (side // 2 for side in x_BCHW.shape[2:])
+        h = F.conv2d(x_BCHW, self.conv.weight, None, stride=2, padding=2)
+        return Sum(h[:, :, 1 : high + 1, 1 : wide + 1], self.conv.bias)
 
 
 class Upsample(nn.Module):
@@ -149,8 +117,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = _conv3(channels, channels)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Picture) -> Picture:
+        x_BCHW = add_up_(x) if isinstance(x, Sum) else x
+        return convolved(self.conv, F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), like=x)
 
 
 class Level(nn.Module):
@@ -161,12 +130,12 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(a, b) for a, b in widths)
         self.attn = nn.ModuleList(AttnBlock(b) for _, b in widths if attention)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Picture) -> Picture:
         for i, block in enumerate(self.block):
-            x_BCHW = block(x_BCHW)
+            x = block(x)
             if len(self.attn):
-                x_BCHW = self.attn[i](x_BCHW)
-        return x_BCHW
+                x = self.attn[i](x)
+        return x
 
 
 class Middle(nn.Module):
@@ -177,8 +146,8 @@ class Middle(nn.Module):
         self.block_1, self.attn_1 = ResBlock(channels, channels), AttnBlock(channels)
         self.block_2 = ResBlock(channels, channels)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x_BCHW)))
+    def forward(self, x: Picture) -> Picture:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -203,7 +172,7 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(width, config.z_channels * (2 if config.double_z else 1))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x_BCHW)
+        h = first_convolved(self.conv_in, x_BCHW)
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
@@ -234,7 +203,7 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(width, config.out_ch)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        h = self.mid(self.conv_in(z_BCHW))
+        h = self.mid(first_convolved(self.conv_in, z_BCHW))
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
