@@ -2,8 +2,12 @@
 
 An adapter folder holds adapter_config.json and adapter_model.safetensors, which peft loads as they are, and base.json
 with the hash of the checkpoint it was trained on, so that merging into another base is noticed.
+
+peft names and fills the weights; its modules' way of computing is replaced (`fuse_adapter`) by one function for a
+projection and its adapter.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,12 +16,34 @@ from torch import nn
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.files import atomic_path, write_json
+from medmax_fast.kernels.lora import draw_seed, lora_linear
 from medmax_fast.model.layout import LAYER_KEYS
 from medmax_fast.runtime import InputError, comma_list
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Name of the adapter inside peft's modules; it is not part of the names in the file.
 _ADAPTER = "default"
+
+
+class LoraLinear(nn.Module):
+    """A projection and its adapter in one (kernels.lora), made of the parts of peft's module under their names.
+
+    The modules that own the weights never run, so ZeRO-3 has to be told that this one reads them (training.engine).
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        assert layer.base_layer.bias is None and list(layer.lora_A) == [_ADAPTER]
+        self.base_layer, self.lora_A, self.lora_B = layer.base_layer, layer.lora_A, layer.lora_B
+        self.scale = layer.scaling[_ADAPTER]
+        # peft has an identity in place of a dropout of 0.
+        self.dropout = getattr(layer.lora_dropout[_ADAPTER], "p", 0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.base_layer.weight, self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
+        if not (self.training and self.dropout):
+            return lora_linear(x, *weights, self.scale)
+        return lora_linear(x, *weights, self.scale, self.dropout, draw_seed())
 
 
 def add_adapter(model: nn.Module, config: TrainConfig) -> None:
@@ -29,6 +55,22 @@ def add_adapter(model: nn.Module, config: TrainConfig) -> None:
 
     torch.manual_seed(config.seed)
     inject_adapter_in_model(_peft_config(config), model, _ADAPTER)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name in it, module) of every projection that is a module of peft."""
+    from peft.tuners.lora import Linear
+
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Linear):
+                yield parent, name, module
+
+
+def fuse_adapter(model: nn.Module) -> None:
+    """Replace the modules that `add_adapter` has put in by LoraLinear, in place; names of weights stay."""
+    for parent, name, module in adapted(model):
+        setattr(parent, name, LoraLinear(module))
 
 
 def check_lora(config: TrainConfig) -> None:

@@ -1,8 +1,8 @@
 """A loaded model made ready for training: what is trained, the module that DeepSpeed wraps, weights by their names.
 
-Three things differ from the model as loaded. Its layers are fused (model.fused). The head computes the loss in one
-module call, so that ZeRO-3 gathers its weight once per micro-batch on every rank, however many chunks of targets a
-rank has. And text and image targets are summed apart, and losses by row, for the log.
+Three things differ from the model as loaded. Its layers and adapters are fused (model.fused, model.adapter). The head
+computes the loss in one module call, so that ZeRO-3 gathers its weight once per micro-batch on every rank, however many
+chunks of targets a rank has. And text and image targets are summed apart, and losses by row, for the log.
 
 Head and embeddings can be trained in part: the rows of image codes, boi and eoi alone are what taught Chameleon to draw
 (Anole, arXiv 2407.06135). The trained rows are a parameter of their own, so no gradient and no optimizer state exists
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medmax_fast.config import TrainConfig
-from medmax_fast.model.adapter import add_adapter
+from medmax_fast.model.adapter import add_adapter, fuse_adapter
 from medmax_fast.model.fused import fuse, share_norms
 from medmax_fast.model.loss import IGNORE, batch_losses, packed_hidden
 from medmax_fast.runtime import InputError, comma_list, log
@@ -27,7 +27,7 @@ from medmax_fast.vocab import IdLayout
 # What PackedModel adds in front of the names that transformers gives.
 PREFIX = "model."
 HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens"
-# The narrowest product that selective recomputation keeps; LoRA's are narrower and cost nothing to do again.
+# The narrowest product that selective recomputation keeps.
 KEPT_WIDTH = 512
 
 
@@ -112,6 +112,7 @@ def prepare(model: nn.Module, config: TrainConfig, layout: IdLayout) -> PackedMo
         _freeze(model, config.freeze)
     elif config.lora_rank:
         add_adapter(model, config)
+        fuse_adapter(model)
     else:
         model.requires_grad_(False)
     images = layout.image_start, layout.boi + 1
@@ -152,8 +153,8 @@ def _freeze(model: nn.Module, patterns: str) -> None:
 def recompute_activations(model: nn.Module, selective: bool = False) -> None:
     """Compute activations again in the backward pass instead of keeping them.
 
-    Each layer keeps its input only (a third more time); `selective` keeps the results of wide matrix products and of
-    attention as well, so that norms, rotations, SwiGLU, dropout and the adapter's narrow products are done again.
+    Each layer keeps its input only (a third more time); `selective` keeps the results of wide matrix products, with the
+    adapter's part in them, and of attention as well, so that norms, rotations and SwiGLU are done again.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
@@ -170,8 +171,9 @@ def _keep(_, operation, *arguments, **__):
 
     name = operation.name()
     attention = "attention" in name or "attn" in name or "flash" in name
+    adapted = name == "medmax::lora_linear"
     product = name in ("aten::mm", "aten::addmm", "aten::bmm")
-    if attention or (product and min(arguments[-1].shape[-2:]) >= KEPT_WIDTH):
+    if attention or adapted or (product and min(arguments[-1].shape[-2:]) >= KEPT_WIDTH):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

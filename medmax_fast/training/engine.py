@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.files import read_json
+from medmax_fast.model.adapter import LoraLinear
 from medmax_fast.model.files import reason_of
 from medmax_fast.runtime import InputError, log, rank_and_world
 from medmax_fast.training.processes import barrier
@@ -161,9 +162,21 @@ def build_engine(
         if not config.deepspeed_config:
             raise
         raise InputError(f"{config.deepspeed_config}: {' '.join(str(error).split())}") from error
-    if config.zero == 3 and config.recompute == "selective":
-        _hide_gathering(engine.optimizer.parameter_offload)
+    if config.zero == 3:
+        _gather_adapted(model)
+        if config.recompute == "selective":
+            _hide_gathering(engine.optimizer.parameter_offload)
     return engine
+
+
+def _gather_adapted(model: nn.Module) -> None:
+    """Have ZeRO-3 gather the weights of a LoraLinear when that runs: they belong to modules inside it, which do not."""
+    import deepspeed
+
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            for weight in module.parameters():
+                deepspeed.zero.register_external_parameter(module, weight)
 
 
 def _hide_gathering(hooks) -> None:
