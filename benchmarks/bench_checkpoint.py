@@ -31,12 +31,12 @@ from medmax_fast.cli import main as medmax
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.files import SafetensorsFile
-from medmax_fast.model.init import RandomCheckpoint
+from medmax_fast.model.init import SHAPES, RandomCheckpoint
 from medmax_fast.model.layout import LAYER_KEYS, ModelShape, keys, to_hf
 from medmax_fast.model.load import load_model
 from medmax_fast.runtime import InputError
 
-SHAPE = ModelShape(dim=2048, layers=16, heads=16, kv_heads=16, hidden=5504, vocab_size=65536)
+SHAPE = SHAPES["1b"]
 SMALL = ModelShape(dim=128, layers=2, heads=4, kv_heads=4, hidden=352, vocab_size=0)
 RANK, MB = 16, 1e6
 

@@ -12,8 +12,9 @@ Where the first row differs from the published one: the id mask of image codes i
 of image targets infinite; the loss is divided by the targets of the step and not of each batch, or batches could not be
 compared; dropout is 0 and no cache of keys is built. In 16 bits adapters are too, as under DeepSpeed.
 
-`--only train` runs the first row, packed, all fused, and the last; `others` is the rest. Where DeepSpeed is not
-installed there is no row of it, and those that follow run in plain torch: the fact `deepspeed` says which.
+`--only train` runs the first row, packed, all fused around peft's modules and with ours, long packs, and selective
+recomputation; `others` is the rest. Where DeepSpeed is not installed there is no row of it, and those that follow run
+in plain torch: the fact `deepspeed` says which.
 
 tokens_per_s counts real ids, padding does not count. mfu: medmax_fast/training/speed.py. floor_share: the time of the
 products alone, the head on supervised ids only, at the rate of one large product measured in the same run, over the
@@ -43,8 +44,8 @@ from medmax_fast.training.speed import flops_per_token, mfu, peak_flops, peak_me
 from medmax_fast.vocab import IdLayout
 
 LONG_PACK = 16384
-# Rows of data of a step, by size.
-ROWS = {"7b": 20, "tiny": 16}
+# Rows of data of a step, by size; those of 7b fill two packs of LONG_PACK to nine tenths.
+ROWS = {"7b": 28, "tiny": 16}
 # Largest difference of loss and gradient from the first row, relative. In bf16, 32 layers of width 512 were off by
 # 0.001 and 0.06 on a CPU; a part of the model left out, or of another sign, moves the gradient by its size.
 LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -53,8 +54,10 @@ GRADIENT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 STAGE_ROWS = {
     "published: padded batch of 1": "published: padded, one row at a time",
     "packed": "packed",
-    "fused qk-norm and RoPE": "packed, fused",
+    "fused qk-norm and RoPE": "packed, fused around peft's modules",
+    "fused LoRA": "packed, fused",
     "DeepSpeed ZeRO-2": "packed, fused",
+    f"packs of {LONG_PACK}": "packed, fused",
     "recompute selective": "packed, fused, selective recomputation",
 }
 
@@ -73,14 +76,28 @@ def waterfall(gpu: bool, liger: bool, long_packs: bool, deepspeed: bool) -> list
     if gpu:
         rows.append(packed.then("packed, compiled layers", compiled=True))
         rows.append(all_fused.then("fused, compiled layers", compiled=True))
-    last = all_fused
+    last = all_fused.then("fused LoRA", adapter="ours")
+    rows.append(last)
     if deepspeed:
-        last = all_fused.then("DeepSpeed ZeRO-2", engine=True)
+        last = last.then("DeepSpeed ZeRO-2", engine=True)
         rows.append(last)
     if long_packs:
         last = last.then(f"packs of {LONG_PACK}", batches="long")
         rows.append(last)
     return [*rows, *(last.then(f"recompute {kind}", recompute=kind) for kind in ("selective", "layers"))]
+
+
+def step_form(row: Row, lengths: dict[str, int]) -> str:
+    """What the common table calls a row of section `train`; `lengths`: of packs, by the name that Row.batches gives."""
+    packs = f", packs of {lengths[row.batches]:,}" if row.batches in lengths else ""
+    return STAGE_ROWS[row.name] + ", DeepSpeed ZeRO-2" * row.engine + packs
+
+
+def long_forms() -> list[str]:
+    """Of our steps of 7B on packs of LONG_PACK, with DeepSpeed and without."""
+    rows = [row for deepspeed in (True, False) for row in waterfall(True, False, True, deepspeed)]
+    forms = [step_form(row, {"long": LONG_PACK}) for row in rows if row.name in STAGE_ROWS and row.batches == "long"]
+    return list(dict.fromkeys(forms))
 
 
 def section_of(row: Row) -> str:
@@ -133,13 +150,22 @@ def measure(model: Model, row: Row, batches: list[dict], targets: int, first: di
     if not first:
         first |= {"loss": loss, "gradients": gradients}
     by_loss = abs(loss / first["loss"] - 1)
-    pairs = [(gradients[name] - grad, grad) for name, grad in first["gradients"].items()]
-    difference, norm = (torch.stack([tensor.norm() for tensor in side]).norm() for side in zip(*pairs, strict=True))
-    by_gradient = float(difference / norm)
+    by_gradient = apart(gradients, first["gradients"], model.device)
     assert by_loss <= LOSS_BOUND[model.dtype], f"{row.name}: loss {loss}, the first row has {first['loss']}"
     assert by_gradient <= GRADIENT_BOUND[model.dtype], f"{row.name}: its gradient differs by {by_gradient:.2g}"
     compared = {"loss": loss, "loss_difference": by_loss, "gradient_difference": by_gradient}
     return {**seconds, "memory_gib": memory, **compared, "note": ""}
+
+
+def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], device: torch.device) -> float:
+    """The norm of the difference of all gradients over that of the expected ones, in float64 on the device."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for name, grad in expected.items():
+        right = grad.to(device).double()
+        difference = found[name].to(device).double() - right
+        sums += torch.stack([difference.square().sum(), right.square().sum()])
+    difference, norm = sums.sqrt().tolist()
+    return difference / norm
 
 
 def rates(seconds: dict, first: dict, before: dict, facts: dict) -> dict:
@@ -216,9 +242,7 @@ def run(arguments: argparse.Namespace, size: str, pack_length: int) -> tuple[lis
         if line["p50_s"]:
             line |= rates(line, next(iter(found.values())), found.get(row.on, {} if row.on else line), facts)
             if row.name in STAGE_ROWS:
-                form = STAGE_ROWS[row.name] + ", DeepSpeed ZeRO-2" * row.engine
-                form += f", packs of {lengths[row.batches]:,}" if row.batches in lengths else ""
-                facts["evidence"].append(step_evidence(form, line, facts, flop, roofline))
+                facts["evidence"].append(step_evidence(step_form(row, lengths), line, facts, flop, roofline))
         if arguments.output:
             result = {"benchmark": "train", **facts, "environment": environment(), "rows": list(found.values())}
             write_json(arguments.output, result)

@@ -16,8 +16,10 @@ GAPS = {
         "more, and a load from the caches for every tap (11 at 1 megapixel) where the floor has one."
     ),
     "group_norm": (
-        "the floor reads the picture once. The statistics need all of a group before its first value can be "
-        "normalised, so a picture that does not stay in the L2 cache is read twice: 3 passes for 2."
+        "the statistics need all of a group before its first value can be normalised: the floor reads a picture twice "
+        "where it is larger than the L2 cache, else once. Above it: a batch of smaller pictures is read twice too, as "
+        "the first launch goes through all of it. What is added up before is written by the launch that takes the "
+        "statistics."
     ),
     "norm_rope": (
         "one read, one write; cosines and sines come from the L2 cache. Above it: the sums over a head within a warp; "
@@ -28,6 +30,11 @@ GAPS = {
         "programs on the multiprocessor must hide."
     ),
     "swiglu": ("two reads, one write and nothing else; the exponential is far from the limit of the units for it."),
+    "lora": (
+        "the two wide products, forward and back, and the adapter's four narrow ones. Above it: the result and its "
+        "gradient once more for each narrow product, the input twice more with its mask made on the way, and the "
+        "gradient of the input read and written once more."
+    ),
     "loss": (
         "the first shape is the kernel alone, bound by bytes; the others have the products of the supervised ids with "
         "the head, forward and back, as their floor. Above it: logits in chunks of 256 MiB, written by the product, "
@@ -48,8 +55,9 @@ GAPS = {
         "host, 26 bytes an id, which a thread does for the next pack meanwhile, and the launch of three small copies."
     ),
     "encoder": (
-        "the floor is the convolutions' products. Above it: GroupNorm and SiLU between them, reads and writes that "
-        "the products wait for, and the first layers, whose 128 channels leave tensor cores short of work."
+        "the floor is the convolutions' products. Above it: between two of them GroupNorm and SiLU, which also add "
+        "biases and residuals (8 reads and writes of all values a block, beside the 4 of its convolutions), and the "
+        "first layers, whose 128 channels leave tensor cores short of work."
     ),
     "tokenize": (
         "end to end: reading, decoding and resizing on CPU cores beside the encoder; the slowest stage sets the rate, "
@@ -67,5 +75,22 @@ GAPS = {
     "train": (
         "the products at 4 N FLOP an id. Above it: attention, norms, the adapter's narrow products, the optimizer, "
         "and what is computed again where activations are not kept."
+    ),
+    "full": (
+        "the products at 6 N FLOP an id. Above it: attention, norms, and the optimizer, which goes through weights, "
+        "gradients and two moments once a step."
+    ),
+    "short_rows": (
+        "the products, which do not depend on where rows end. Above it: attention, of which short rows have less, in "
+        "more and smaller pieces."
+    ),
+    "start": (
+        "the files once, at the rate of the disk as measured in the same run. Above it: starting Python and CUDA, "
+        "importing torch, building the vocabulary, and capturing the first graph; pages of mapped files are read by "
+        "the thread that copies them."
+    ),
+    "compile": (
+        "no floor: one kernel after the other goes through Triton's compiler and the assembler, once for each set of "
+        "constants, and lies in a cache on the disk from then on."
     ),
 }

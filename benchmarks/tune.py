@@ -84,6 +84,9 @@ GRIDS = {
     "swiglu": grid(
         "swiglu", "TILE=512 num_warps=2, num_warps=8, TILE=2048, TILE=2048 num_warps=8, TILE=4096 num_warps=8"
     ),
+    "lora_down": grid("lora", "BLOCK_T=16, BLOCK_T=64, BLOCK_T=64 num_warps=8, num_stages=1, num_stages=3"),
+    "lora_weight": grid("lora", "BLOCK_T=64, BLOCK_K=64, num_warps=8, num_stages=1, num_stages=3", slice(1, None, 2)),
+    "lora_input": grid("lora", "BLOCK_T=64, BLOCK_T=64 num_warps=8, BLOCK_K=64, BLOCK_K=256", slice(1, None, 2)),
     "norm_rope_store": grid(
         "norm_rope_store", "TILE=512 num_warps=2, num_warps=2, num_warps=8, TILE=2048, TILE=2048 num_warps=8"
     ),

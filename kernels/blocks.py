@@ -5,7 +5,8 @@ candidates on the GPU at hand and prints the lines to put here; `python -m bench
 for its capability and reports registers, spills and how many programs fit a multiprocessor, which needs no GPU.
 
 Not here is what fixes the order of sums that must be the same on every card: BLOCK and WARPS of sampling.py (the id
-drawn depends on them), PROGRAMS of rms_norm.py (a weight's gradient), MIN_CHUNK and MAX_CHUNKS of group_norm.py.
+drawn depends on them), PROGRAMS of rms_norm.py and PARTS of lora.py (a weight's gradient), MIN_CHUNK and MAX_CHUNKS of
+group_norm.py.
 
 80 is for A100, 90 for H100 and H200, 100 for B200. Any other capability takes the nearest lower entry, else the lowest.
 """
@@ -48,6 +49,10 @@ TABLE: dict[str, dict[int, Entry]] = {
     "rms_norm": dict.fromkeys(ALL, Entry(AOT, TILE=1024, MAX_R=32, WARP=256, num_stages=1)),
     # A load of 16 bytes of each 16-bit tensor to a thread.
     "swiglu": dict.fromkeys(ALL, Entry(AOT, TILE=1024, num_warps=4, num_stages=1)),
+    # Of ranks up to 64 in 16 bits; a higher one has fewer columns in a tile, fp32 half of both.
+    "lora_down": dict.fromkeys(ALL, Entry(AOT, BLOCK_T=32, BLOCK_K=128, num_warps=4, num_stages=2)),
+    "lora_weight": dict.fromkeys(ALL, Entry(AOT, BLOCK_T=32, BLOCK_K=128, num_warps=4, num_stages=2)),
+    "lora_input": dict.fromkeys(ALL, Entry(AOT, BLOCK_T=32, BLOCK_K=128, num_warps=4, num_stages=1)),
     "norm_rope_store": dict.fromkeys(ALL, Entry(AOT, TILE=1024, num_warps=4, num_stages=1)),
     # TILE in bytes, with one query head four vectors of K to a lane and four of V; MAX_ROWS: query heads of a program.
     "paged_attention": dict.fromkeys(ALL, Entry(AOT, TILE=8192, MAX_ROWS=8, num_warps=4, num_stages=1)),

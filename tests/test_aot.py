@@ -71,8 +71,22 @@ def test_vq_products(compiled, case, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("vqscreen")])
-def test_only_the_screen_is_on_tensor_cores(compiled, case, capability):
-    assert compiled[f"{case}/{capability}"]["tensor"] == ""
+def test_only_the_screen_and_adapters_in_16_bits_are_on_tensor_cores(compiled, case, capability):
+    adapter = case.startswith("lora") and "fp32" not in case
+    assert (compiled[f"{case}/{capability}"]["tensor"] != "") == adapter
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("lora")])
+def test_adapters_are_summed_in_order_and_made_without_exchanges(compiled, case, capability):
+    found = compiled[f"{case}/{capability}"]
+    # Tensor memory, of which only Blackwell has any, is handed out by atomics.
+    assert found["atom"] == 0 or "UTCHMMA" in found["tensor"]
+    if "fp32" not in case and "general" not in case:
+        # Tiles of x and dx are read in vectors of 16 bytes; g of rank 16 is not.
+        assert found["ldg"] - found["ldg_wide"] <= 2 and found["programs"] >= 3
+        # The mask of x is made by the threads that hold its values: one laid out anew costs barriers, as odd widths do.
+        assert found["bar"] < 20 or case.startswith("lorainput")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -112,6 +126,18 @@ def test_rms_norm_and_swiglu_stores(compiled, case, capability):
         assert backward["stg"] == backward["stg_wide"] == 2 * vectors
     if op == "rms" and name.endswith("frozen"):
         assert backward["shared"] <= 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("groupsum_") and "all" not in case])
+def test_sums_are_read_and_written_in_vectors(compiled, case, capability):
+    # Of 16 bytes, also where the rows of pixels do not follow one another; beside the sum are mean and M2.
+    found = compiled[f"{case}/{capability}"]
+    alone = "alone" in case
+    assert found["ldg"] == found["ldg_wide"] > 0
+    assert found["stg"] - found["stg_wide"] == (0 if alone else 2)
+    # 16 values a thread.
+    assert found["stg_wide"] == (0 if "bias" in case else 4 if "fp32" in case else 2)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -158,7 +184,7 @@ def test_every_kernel_is_compiled_and_reported(compiled):
         for file in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"def (_\w+_kernel)\(", file.read_text())
     }
-    assert len(kernels) == 22
+    assert len(kernels) == 25
     assert {row["kernel"] for row in compiled.values()} == kernels | {"tf32_product"}
     assert {compiled[f"{case}/90"]["kernel"] for case in MODEL_CASES} == kernels
 

@@ -229,7 +229,15 @@ def test_a_dry_run_collects_and_marks_itself(checkout, capsys):
     assert "Dry run on abacus" in table.markdown(result)
     (checkout / "tests" / "test_wrong.py").write_text("import nothing_of_this_name")
     result, _ = run("one", "two", dry=True)
-    assert set(status_of(result).values()) == {"red"}
+    assert status_of(result) == {"one": "done", "two": "red"}
+    assert result["tests"]["wrong"]["red"] == ["test_wrong: cannot be collected"]
+
+
+def test_a_dry_run_collects_the_tests_of_all_stages_at_once(checkout, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "gpu", [Stage("one", "fake", ("good",)), Stage("three", "other", ("extra",))])
+    result, _ = run("one", "three", dry=True, output=str(tmp_path / "out"))
+    assert status_of(result) == {"one": "done", "three": "done"} and result["tests"].keys() == {"good", "extra"}
+    assert (tmp_path / "out" / "log.txt").read_text().count("$ pytest") == 1
 
 
 def test_a_gpu_is_needed_but_for_a_dry_run(monkeypatch, tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_run import keep
 
 from medmax_fast.bench.stages import SUITES
 
@@ -14,7 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_whole_suite_runs_dry(tmp_path):
+def test_the_whole_suite_runs_dry(tmp_path, tmp_path_factory):
+    from benchmarks.goals import GOALS
+
     command = [
         sys.executable,
         "-m",
@@ -37,10 +40,23 @@ def test_the_whole_suite_runs_dry(tmp_path):
         assert any(row["form"].startswith(("ours", "medmax", "packed")) for row in rows), stage.name
         assert any(row["beside"] and row["beside"] != row["form"] for row in rows), stage.name
         assert all(row["quality"] for row in rows if row["form"].startswith("ours")), stage.name
-        # A wait has no floor.
-        assert all(row["share"] or row["form"].endswith("the wait") for row in rows), stage.name
+        # A wait has no floor, and compiling has none.
+        assert all(row["share"] or row["form"].endswith("the wait") for row in rows) or stage.name == "compile"
+    # Every goal reads what rows of its stage have; what only a GPU has is there without a value.
+    for goal in GOALS:
+        rows = [row for row in result["rows"] if row["stage"] == goal.stage]
+        for name in (goal.quantity, goal.limit) if isinstance(goal.limit, str) else (goal.quantity,):
+            outer, _, inner = name.partition(".")
+            assert any(outer in row and (not inner or inner in row[outer]) for row in rows), (goal.name, name)
     assert "the times mean nothing" in (tmp_path / "out" / "table.md").read_text()
     assert json.loads(run.stdout.splitlines()[-1])["rows"] == result["rows"]
+    # All tests are collected in two starts of pytest, those of the stages first.
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("\n$ pytest ") + log.startswith("$ pytest ") == 2
+    # What each benchmark wrote is what it printed.
+    printed = [json.loads(line) for line in log.splitlines() if line.startswith('{"benchmark": ')]
+    assert {found["benchmark"]: found for found in printed} == result["benchmarks"]
+    keep(result["benchmarks"], tmp_path_factory)
 
 
 def test_stages_for_a_cpu_run_dry(tmp_path):

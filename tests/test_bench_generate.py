@@ -91,6 +91,8 @@ def test_pictures(found):
         assert row["times"] == pytest.approx(row["batch"] * rows[0]["p50_s"] / row["p50_s"])
     assert [row["times_alone"] for row in rows[:2]] == [None, 1] and rows[2]["alone_differing"] == 0
     assert rows[2]["times_alone"] == pytest.approx(2 * rows[1]["p50_s"] / rows[2]["p50_s"])
+    found_alone = [row["times_alone"] for row in found["evidence"] if row["stage"] == "pictures"]
+    assert found_alone == [row["times_alone"] for row in rows]
 
 
 def test_vqa(found):

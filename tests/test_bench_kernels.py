@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_run import kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["vq", "remap", "resample", "group_norm", "norm_rope", "rms_norm", "swiglu", "loss"]
+STAGES = ["vq", "remap", "resample", "group_norm", "norm_rope", "rms_norm", "swiglu", "lora", "loss"]
 STAGES += ["norm_rope_store", "paged_attention", "sampling"]
 INTEGERS = {"vq", "remap", "resample", "sampling"}
 pytestmark = [
@@ -34,7 +35,10 @@ def run(output: Path, *arguments: str, interpret: str = "1") -> tuple[dict, int,
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """A quick run of all kernels in the interpreter."""
+    """A quick run of all kernels in the interpreter, that of the suite's dry run where there is one."""
+    if result := kept("kernels", tmp_path_factory):
+        assert not result["failed"], result["failed"]
+        return result
     result, status, last = run(tmp_path_factory.mktemp("bench") / "kernels.json")
     assert status == 0 and not result["failed"], result["failed"]
     assert json.loads(last) == result
@@ -63,10 +67,14 @@ def test_every_kernel_has_rows_of_evidence(found):
     for forms in by_shape.values():
         # Ours first, and always something of torch's or Pillow's beside it.
         assert next(iter(forms)) == "ours" and len(forms) > 1
+        fastest = min(row["p50_s"] for form, row in forms.items() if not form.startswith("ours"))
         for row in forms.values():
             beside = forms[row["beside"]]
             assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
             assert row["times"] == pytest.approx(beside["p50_s"] / row["p50_s"])
+            assert row["times_best"] == pytest.approx(fastest / row["p50_s"])
+            # Of a GPU alone.
+            assert row["extra_mb"] is row["of_whole"] is None
             assert row["moved_bytes"] == beside["moved_bytes"] and row["flop"] == beside["flop"]
             by_copy = row["moved_bytes"] / found["copy_bytes_per_s"]
             by_product = (row["flop"] or 0) / found["product_flop_per_s"]
@@ -226,7 +234,8 @@ def test_floors_need_no_tensor(bench):
     work = {(floor["stage"], floor["shape"]): (floor["moved_bytes"], floor["flop"]) for floor in floors}
     latents = 4 * 256 * (65536 + 8192) + 8 * 65536
     assert work["vq", "65536x8192x256 float32, independent latents"] == (latents, 2 * 65536 * 8192 * 256)
-    assert work["group_norm", "16x128x512x512 float16, SiLU"][0] == 2 * 2 * 16 * 128 * 512 * 512 + 1024
+    assert work["group_norm", "16x128x512x512 float16, SiLU"][0] == 3 * 2 * 16 * 128 * 512 * 512 + 1024
+    assert work["group_norm", "16x128x512x512 float16, of a sum, SiLU"][0] == 5 * 2 * 16 * 128 * 512 * 512 + 256 + 1024
     # 864 x 1152 pixels become 512 x 683, of which 512 x 512 are kept: not all columns are read.
     (moved, _) = work["resample", "64 images of 864x1152 to 512x512 float32"]
     assert 864 * 864 < (moved / 64 - 4 * 3 * 512**2) / 3 < 864 * 900
@@ -275,6 +284,9 @@ def test_counted_bytes_are_those_of_the_tensors(bench):
         assert case.moved == size_of(values, made)
     case, (x, *_), out = measured("group_norm", 0)
     assert case.moved == size_of(x, out) + 2 * 4 * x.shape[-1]
+    case, (h, residual, shift, *_), (total, out) = measured("group_norm", 1)
+    assert case.moved == size_of(h, residual, shift, total, out) + 2 * 4 * len(shift)
+    assert total.data_ptr() == h.data_ptr()
     case, (x, _, weight), (out,) = measured("rms_norm", 0)
     assert case.moved == size_of(x, weight, out)
     case, (x, dout, weight), (_, dx, dweight) = measured("rms_norm", 2)
@@ -289,6 +301,9 @@ def test_counted_bytes_are_those_of_the_tensors(bench):
     assert case.moved == forward + size_of(x, weight, dout, *gradients) + tables
     case, (gate, up, dout), (out, *gradients) = measured("swiglu", 1)
     assert case.moved == size_of(gate, up, out) + size_of(gate, up, dout, *gradients)
+    case, (x, a, b, weight, _, dy), (y, *gradients) = measured("lora", 1)
+    assert case.moved == size_of(x, a, b, weight, y) + size_of(x, a, b, weight, dy, *gradients)
+    assert case.flop == 2 * 2 * y.numel() * x.shape[1] + 3 * 2 * (y.numel() + x.numel()) * len(a)
     case, (logits, *_), (losses, gradient) = measured("loss", 0)
     assert case.moved == size_of(logits, gradient)
     case, (hidden, head, _), (_, d_hidden, d_head) = measured("loss", 4)

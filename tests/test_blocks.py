@@ -12,6 +12,7 @@ import torch
 from medmax_fast.kernels import (
     cross_entropy,
     group_norm,
+    lora,
     norm_rope_store,
     paged_attention,
     qk_norm_rope,
@@ -186,6 +187,11 @@ def call_swiglu():
     swiglu.swiglu(random(5, 64), random(5, 64), impl="triton")
 
 
+def call_lora():
+    x, a = random(5, 64).requires_grad_(), random(4, 64).requires_grad_()
+    lora.lora_linear(x, random(8, 64), a, random(8, 4), 1.0, 0.5, seed=1, impl="triton").sum().backward()
+
+
 # Kernel of the table, file, function, a call; numbers, and what the launch then has.
 LAUNCHES = [
     ("vq_measure", vq, "_measure_rows_kernel", call_vq, {"BLOCK_N": 16}, {"BLOCK_N": 16, "BLOCK_D": 64}),
@@ -199,6 +205,9 @@ LAUNCHES = [
     ("cross_entropy", cross_entropy, "_cross_entropy_kernel", call_cross_entropy, {"BLOCK": 64}, {"BLOCK": 64}),
     ("rms_norm", rms_norm, "_rms_norm_kernel", call_rms_norm, {"WARP": 512}, {"BLOCK_R": 16, "num_warps": 2}),
     ("swiglu", swiglu, "_swiglu_kernel", call_swiglu, {"TILE": 2048}, {"BLOCK_R": 32}),
+    ("lora_down", lora, "_lora_down_kernel", call_lora, {"BLOCK_T": 64}, {"BLOCK_T": 32, "BLOCK_R": 16}),
+    ("lora_weight", lora, "_lora_weight_kernel", call_lora, {"BLOCK_K": 64}, {"BLOCK_K": 32, "PARTS": 16}),
+    ("lora_input", lora, "_lora_input_kernel", call_lora, {"BLOCK_K": 64}, {"BLOCK_K": 32, "BLOCK_T": 16}),
     ("norm_rope_store", norm_rope_store, "_norm_rope_store_kernel", call_store, {"TILE": 64}, {"BLOCK_H": 4}),
     ("paged_attention", paged_attention, "_paged_attention_kernel", call_paged, {"TILE": 256}, {"BLOCK_P": 4}),
     ("paged_combine", paged_attention, "_combine_splits_kernel", call_paged, {"num_warps": 1}, {"num_warps": 1}),

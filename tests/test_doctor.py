@@ -27,6 +27,7 @@ LAUNCHERS = {
     "RMS norm": ("rms_norm", "_forward_triton"),
     "query/key norm, RoPE": ("qk_norm_rope", "_norm_rope_triton"),
     "SwiGLU": ("swiglu", "_forward_triton"),
+    "LoRA projection": ("lora", "_down_triton"),
     "cross-entropy": ("cross_entropy", "_cross_entropy_triton_"),
     "norm, RoPE, store": ("norm_rope_store", "_norm_rope_store_triton"),
     "paged attention": ("paged_attention", "_paged_attention_triton"),

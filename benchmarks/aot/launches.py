@@ -9,7 +9,10 @@ import triton.language as tl
 from benchmarks.aot.variants import (
     FROZEN,
     GROUP_SIZES,
+    GROUP_SUM,
     IMAGE_SIZES,
+    LORA_POINTERS,
+    LORA_SIZES,
     PAGED_SIZES,
     RMS_SIZES,
     ROPE_SIZES,
@@ -27,6 +30,7 @@ from benchmarks.aot.variants import (
 from medmax_fast.kernels import (
     cross_entropy,
     group_norm,
+    lora,
     norm_rope_store,
     paged_attention,
     qk_norm_rope,
@@ -90,7 +94,7 @@ def resample_plan(op, numbers, element) -> Plan:
 
 def group_norm_plan(op, numbers, element, affine, channels, groups, pixels) -> Plan:
     settings, _, chunks = group_norm._plan(channels, groups, pixels, **numbers("group_norm"))
-    types = {"x_ptr": f"*{element}", "out_ptr": f"*{element}", "mean_ptr": "*fp32", "m2_ptr": "*fp32"}
+    types = dict.fromkeys(("x_ptr", *GROUP_SUM, "out_ptr"), f"*{element}") | {"mean_ptr": "*fp32", "m2_ptr": "*fp32"}
     types |= {"weight_ptr": f"*{affine}", "bias_ptr": f"*{affine}", "eps": "fp32"}
     types |= dict.fromkeys(GROUP_SIZES, "i32")
     kernel = group_norm._group_statistics_kernel if op == "groupstats" else group_norm._group_norm_kernel
@@ -134,6 +138,16 @@ def swiglu_plan(op, numbers, element, width, unwanted) -> Plan:
     if op == "swigluback" and "dgate_ptr" in unwanted:
         settings["up_ptr"] = None
     return kernel, types, settings
+
+
+def lora_plan(op, numbers, element, rank, width) -> Plan:
+    name = f"lora_{op.removeprefix('lora')}"
+    types = dict.fromkeys(LORA_POINTERS, f"*{element}") | dict.fromkeys(LORA_SIZES, "i32")
+    types |= {"partial_ptr": "*fp32", "seed": "i64", "limit": "i32", "scale": "fp32"}
+    kernel = getattr(lora, f"_{name}_kernel")
+    assert [p.name for p in kernel.params if p.do_not_specialize] == ["seed", "limit"]
+    settings = lora._plan(rank, width, 4 if element == "fp32" else 2, **numbers(name))
+    return kernel, types, settings | {"PARTS": lora.PARTS}
 
 
 def paged_attention_plan(_op, numbers, element, group, width, several) -> Plan:
@@ -180,6 +194,7 @@ PLANS = {
     "xent": cross_entropy_plan,
     **dict.fromkeys(("rms", "rmsback", "addrms"), rms_norm_plan),
     **dict.fromkeys(("swiglu", "swigluback"), swiglu_plan),
+    **dict.fromkeys(("loradown", "loraweight", "lorainput"), lora_plan),
     "paged": paged_attention_plan,
     "combine": combine_plan,
     "store": norm_rope_store_plan,

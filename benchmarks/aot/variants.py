@@ -12,8 +12,10 @@ VQ_ALIGNED = ("x_ptr", "z_ptr", "e_ptr", *VQ_STATS, "rows_ptr", "count_ptr", "ou
 SPAN_ALIGNED = ("out_ptr", "starts_ptr", "codes_ptr", "bad_ptr", "P", "stride_n")
 SHIFT_SIZES = ("size", "low", "high", "shift")
 SPAN_SIZES = ("T", "P", "boi", "eoi", "image_start", "num_codes", "stride_t", "stride_n", "stride_p")
-GROUP_SIZES = ("HW", "chunks", "chunk_rows", "program_rows", "stride_xb", "stride_xr")
-GROUP_ALIGNED = ("x_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "m2_ptr", "out_ptr", *GROUP_SIZES[2:], "HW")
+GROUP_SIZES = ("HW", "W", "chunks", "chunk_rows", "program_rows", "stride_xb", "stride_xh", "stride_xw")
+GROUP_SUM = ("shift_ptr", "residual_ptr", "residual_shift_ptr", "total_ptr")
+GROUP_POINTERS = ("x_ptr", *GROUP_SUM, "weight_ptr", "bias_ptr", "mean_ptr", "m2_ptr", "out_ptr")
+GROUP_ALIGNED = (*GROUP_POINTERS, "HW", *GROUP_SIZES[3:])
 ROPE_STRIDES = ("stride_xt", "stride_xh", "stride_dt", "stride_dh", "stride_ct", "stride_st")
 ROPE_SIZES = ("T", "H", *ROPE_STRIDES, "stride_cf", "stride_sf")
 ROPE_INPUTS = ("x_ptr", "weight_ptr", "bias_ptr", "cos_ptr", "sin_ptr")
@@ -62,11 +64,38 @@ GROUP_CASES = {
     "fp32_c4096": ("fp32", "fp32", 4096, 1, 1 << 18),
     "fp32_ones": ("fp32", "fp32", 1, 1, 1),
 }
+GROUP_EVEN = dict.fromkeys((*GROUP_SUM, "stride_xh"))
 for _name, _types in GROUP_CASES.items():
     _ones = dict.fromkeys(GROUP_SIZES, 1) if _name == "fp32_ones" else {}
     _aligned = () if _name in ("fp32_c96", "fp32_ones") else GROUP_ALIGNED
-    CASES[f"group_{_name}"] = ("group", _types, _ones | {"SILU": _name != "fp16_c512"}, _aligned)
-    CASES[f"groupstats_{_name}"] = ("groupstats", _types, _ones, _aligned)
+    CASES[f"group_{_name}"] = ("group", _types, _ones | GROUP_EVEN | {"SILU": _name != "fp16_c512"}, _aligned)
+    CASES[f"groupstats_{_name}"] = ("groupstats", _types, _ones | GROUP_EVEN, _aligned)
+# Sums: the case above, and what is not part of it. A bias that both kernels add; what is written after conv_in, after a
+# block, one with a shortcut, a strided convolution; without statistics, before a convolution; everything, odd or 1.
+_ONE, _EVEN = ("residual_ptr", "residual_shift_ptr"), ("stride_xh",)
+_ALONE = ("mean_ptr", "m2_ptr")
+GROUP_CASES |= {"alone": ("fp16", "fp32", 128, 128, 1 << 18)}
+GROUP_SUMS = {
+    "bias_fp16": ("fp16_c128", (*_ONE, *_EVEN, "total_ptr")),
+    "first_fp16": ("fp16_c128", (*_ONE, *_EVEN)),
+    "block_fp16": ("fp16_c128", ("residual_shift_ptr", *_EVEN)),
+    "block_fp32": ("fp32_c256", ("residual_shift_ptr", *_EVEN)),
+    "shortcut_fp16": ("fp16_c128", _EVEN),
+    "shortcut_fp32": ("fp32_c256", _EVEN),
+    "strided_fp16": ("fp16_c128", _ONE),
+    "strided_fp32": ("fp32_c256", _ONE),
+    "alone_fp16": ("alone", ("residual_shift_ptr", *_EVEN, *_ALONE)),
+    "alone_strided_fp16": ("alone", (*_ONE, *_ALONE)),
+    "all_bf16": ("bf16_c32", ()),
+    "all_fp32_c96": ("fp32_c96", ()),
+    "all_fp32_c4096": ("fp32_c4096", ()),
+    "all_fp32_ones": ("fp32_ones", ()),
+}
+for _name, (_case, _missing) in GROUP_SUMS.items():
+    _ones = dict.fromkeys(GROUP_SIZES, 1) if "ones" in _case else {}
+    _aligned = () if _case in ("fp32_c96", "fp32_ones") else GROUP_ALIGNED
+    CASES[f"groupsum_{_name}"] = ("groupstats", GROUP_CASES[_case], _ones | dict.fromkeys(_missing), _aligned)
+CASES["groupbias_fp16"] = ("group", GROUP_CASES["fp16_c128"], {"SILU": True}, GROUP_ALIGNED)
 
 # LayerNorm and RoPE of each head: types of input, affine part and cosines, then D, whether each head has an affine part
 # of its own, gradients that are not wanted; "general" has odd strides, of the cosines too. Each is two kernels.
@@ -152,6 +181,30 @@ for _ops, _cases, _pointers, _sizes in (
         _ones = dict.fromkeys(_sizes, 1) if "ones" in _name else {}
         _aligned = () if "general" in _name or "ones" in _name else (*_pointers, *_sizes)
         CASES |= {f"{_op}_{_name}": (_op, _types, _ones, _aligned) for _op in _ops}
+
+# LoRA: type, rank, width. Each is three kernels.
+LORA_POINTERS = ("x_ptr", "a_ptr", "g_ptr", "h_ptr", "dx_ptr", "partial_ptr")
+LORA_SIZES = ("T", "stride_xt")
+LORA_CASES = {
+    "bf16_r16_k4096": ("bf16", 16, 4096),
+    "bf16_r64_k4096": ("bf16", 64, 4096),
+    "bf16_r16_k11008": ("bf16", 16, 11008),
+    "bf16_r64_k11008": ("bf16", 64, 11008),
+    "fp16_r16_k4096": ("fp16", 16, 4096),
+    "fp16_r64_k11008": ("fp16", 64, 11008),
+    "fp32_r16_k4096": ("fp32", 16, 4096),
+    "fp32_r64_k11008": ("fp32", 64, 11008),
+    "bf16_r128_k4096": ("bf16", 128, 4096),
+    "fp32_r128_k4096": ("fp32", 128, 4096),
+    "bf16_r5_k1001_general": ("bf16", 5, 1001),
+    "fp16_r64_k4096_general": ("fp16", 64, 4096),
+    "fp32_r33_k1001_general": ("fp32", 33, 1001),
+    "fp32_ones": ("fp32", 1, 1),
+}
+for _name, _types in LORA_CASES.items():
+    _ones = dict.fromkeys(LORA_SIZES, 1) if "ones" in _name else {}
+    _aligned = () if "general" in _name or "ones" in _name else (*LORA_POINTERS, *LORA_SIZES)
+    CASES |= {f"{_op}_{_name}": (_op, _types, _ones, _aligned) for _op in ("loradown", "loraweight", "lorainput")}
 
 # Paged attention: type, query heads of a key/value head, D, whether several programs share a stream. The pool of pages
 # is an allocation of its own, aligned also where nothing else is.
@@ -242,7 +295,8 @@ MODEL_CASES = (
     "span_i64",
     "columns_aligned",
     "rows_bf16",
-    "groupstats_fp16_c128",
+    "groupsum_bias_fp16",
+    "groupsum_block_fp16",
     "group_fp16_c128",
     "rope_bf16_d128_heads",
     "ropeback_bf16_d128_heads",
@@ -254,6 +308,9 @@ MODEL_CASES = (
     "addrms_bf16_c4096",
     "swiglu_bf16_c11008",
     "swigluback_bf16_c11008",
+    "loradown_bf16_r16_k4096",
+    "loraweight_bf16_r16_k4096",
+    "lorainput_bf16_r16_k4096",
     "store_bf16_d128",
     "paged_bf16_d128",
     "combine_bf16_d128",

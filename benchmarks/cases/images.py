@@ -1,4 +1,4 @@
-"""The kernels of the image encoder: resize, and GroupNorm with SiLU.
+"""The kernels of the image encoder: resize, and GroupNorm with SiLU, alone and with the additions before it.
 
 Shapes: B pictures of C channels, H x W pixels.
 """
@@ -25,8 +25,9 @@ from benchmarks.cases.case import (
     within_twice,
 )
 from medmax_fast import _csrc
-from medmax_fast.kernels.group_norm import group_norm_silu
+from medmax_fast.kernels.group_norm import add_group_norm_silu_, group_norm_silu
 from medmax_fast.kernels.resample import plan_resample, resample
+from medmax_fast.kernels.sums import Sum
 from medmax_fast.model.vqgan import GROUPS, NORM_EPS
 
 PILLOW = "Pillow, one process"
@@ -125,26 +126,40 @@ def resample_work(draw: Draw, side: int, sizes: list[tuple[int, int]]) -> Work:
     return Work(own_first(draw, ours, others), PILLOW, judge, lambda: out.fill_(torch.nan))
 
 
+# Of an H100 or H200.
+L2_BYTES = 50e6
 # Pictures, channels, height, width of the encoder's largest activations and of those in its middle.
 GROUP_NORM_SIZES = {
     "gpu": [(16, 128, 512, 512, fp32), (16, 128, 512, 512, fp16), (64, 256, 128, 128, fp16)],
     "cpu": [(1, 128, 128, 128, fp32)],
     "quick": [(2, 64, 9, 7, fp32)],
 }
+# The same with what comes before most norms: a convolution's bias and the residual.
+GROUP_SUM_SIZES = {
+    "gpu": [(16, 128, 512, 512, fp16)],
+    "cpu": [(1, 128, 128, 128, fp32)],
+    "quick": [(2, 64, 9, 7, fp32)],
+}
+
+
+def again(C: int, H: int, W: int, dtype: torch.dtype) -> int:
+    """How often any form must read a picture again, once its statistics are known: where no cache has held it."""
+    return int(C * H * W * dtype.itemsize > L2_BYTES)
 
 
 def group_norm_cases(name: str) -> list[Case]:
     """Channels last, as the encoder has them on a GPU; the affine part is fp32 in every precision."""
-    return [
-        Case(
-            "group_norm",
-            f"{B}x{C}x{H}x{W} {name_of(dtype)}, SiLU",
-            2 * B * C * H * W * dtype.itemsize + 2 * C * 4,
-            0.0,
-            functools.partial(group_norm_work, size=(B, C, H, W), dtype=dtype),
-        )
-        for B, C, H, W, dtype in GROUP_NORM_SIZES[name]
-    ]
+    cases = []
+    for B, C, H, W, dtype in GROUP_NORM_SIZES[name]:
+        moved = (2 + again(C, H, W, dtype)) * B * C * H * W * dtype.itemsize + 2 * C * 4
+        make = functools.partial(group_norm_work, size=(B, C, H, W), dtype=dtype)
+        cases.append(Case("group_norm", f"{B}x{C}x{H}x{W} {name_of(dtype)}, SiLU", moved, 0.0, make))
+    for B, C, H, W, dtype in GROUP_SUM_SIZES[name]:
+        # Read are both pictures, written their sum and its norm.
+        moved = ((4 + again(C, H, W, dtype)) * B * C * H * W + C) * dtype.itemsize + 2 * C * 4
+        make = functools.partial(group_sum_work, size=(B, C, H, W), dtype=dtype)
+        cases.append(Case("group_norm", f"{B}x{C}x{H}x{W} {name_of(dtype)}, of a sum, SiLU", moved, 0.0, make))
+    return cases
 
 
 def group_norm_work(draw: Draw, size: tuple[int, int, int, int], dtype: torch.dtype) -> Work:
@@ -169,3 +184,32 @@ def group_norm_work(draw: Draw, size: tuple[int, int, int, int], dtype: torch.dt
     if draw.device == "cuda" and dtype != torch.float32:
         others[COMPILED] = torch.compile(plain, dynamic=False)
     return Work(own_first(draw, ours, others), PLAIN, within_twice(truth, read=lambda found: [found]))
+
+
+def group_sum_work(draw: Draw, size: tuple[int, int, int, int], dtype: torch.dtype) -> Work:
+    B, C, H, W = size
+    h, residual = (draw.normal(B, H, W, C, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2))
+    shift, *rounded = (t.to(dtype) for t in (draw.normal(C), 1 + 0.1 * draw.normal(C), 0.1 * draw.normal(C)))
+    weight, bias = (t.float() for t in rounded)
+    # Ours writes the sum over h, and the sum of that in the next call, which takes as long.
+    before = h.clone()
+
+    def plain() -> tuple[torch.Tensor, torch.Tensor]:
+        total = h + shift[:, None, None] + residual
+        return total, F.silu(F.group_norm(total, GROUPS, *rounded, NORM_EPS))
+
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        return add_group_norm_silu_(Sum(h, shift, residual), weight, bias, GROUPS, NORM_EPS, impl=draw.impl)
+
+    def truth() -> Iterator[tuple[tuple[slice, slice], list[torch.Tensor]]]:
+        for b in range(B):
+            part = slice(b, b + 1)
+            total = before[part].double() + shift.double()[:, None, None] + residual[part].double()
+            normed = F.silu(F.group_norm(total, GROUPS, weight.double(), bias.double(), NORM_EPS))
+            yield (slice(None), part), [torch.stack([total, normed])]
+
+    others = {PLAIN: plain}
+    if draw.device == "cuda":
+        others[COMPILED] = torch.compile(plain, dynamic=False)
+    judge = within_twice(truth, read=lambda found: [torch.stack(found)])
+    return Work(own_first(draw, ours, others), PLAIN, judge, lambda: h.copy_(before))

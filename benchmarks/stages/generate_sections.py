@@ -187,7 +187,8 @@ def pictures(bench: Bench) -> Iterator[tuple[list[dict], list[dict]]]:
         # A code of all pictures; the published shape draws one picture after the other.
         beside = {"row": rows[0]["row"], "p50_s": batch * rows[0]["p50_s"]}
         items = batch / IMAGE_CODES, "pictures"
-        return [row], [bench.evidence("pictures", picture_shape(batch, row["codes"]), row, beside, *work, items)]
+        found = bench.evidence("pictures", picture_shape(batch, row["codes"]), row, beside, *work, items)
+        return [row], [found | {name: row[name] for name in ("times_alone", "alone_differing")}]
 
     theirs += add("published, 3 streams", 1, few)
     yield shown()

@@ -18,7 +18,7 @@ from medmax_fast.config import TrainConfig
 from medmax_fast.data.collate import collate
 from medmax_fast.data.packing import plan_epoch
 from medmax_fast.model import attention, fused
-from medmax_fast.model.adapter import add_adapter
+from medmax_fast.model.adapter import LoraLinear, adapted, add_adapter
 from medmax_fast.model.init import random_model
 from medmax_fast.model.load import shape_of
 from medmax_fast.model.loss import IGNORE, packed_loss, target_losses
@@ -35,7 +35,10 @@ Step = Callable[[dict | None], float]
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table runs. batches: padded 1, padded 8, packed or long; norm, mlp: stock, ours or liger."""
+    """What a row of the table runs. batches: padded 1, padded 8, packed or long; norm, mlp: stock, ours or liger.
+
+    attention: stock or ours; adapter: peft or ours.
+    """
 
     name: str
     on: str = ""
@@ -44,6 +47,7 @@ class Row:
     norm: str = "stock"
     mlp: str = "stock"
     attention: str = "stock"
+    adapter: str = "peft"
     compiled: bool = False
     engine: bool = False
     recompute: str = "none"
@@ -76,10 +80,15 @@ def make_rows(count: int, layout: IdLayout, shrink: int) -> tuple[np.ndarray, np
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
-def make_batches(ids: np.ndarray, offsets: np.ndarray, layout: IdLayout, packs: dict[str, int], device) -> dict:
-    """All rows as lists of batches, by the name that Row.batches gives: padded, and packed by the lengths `packs`."""
+def make_batches(
+    ids: np.ndarray, offsets: np.ndarray, layout: IdLayout, packs: dict[str, int], device, padded: tuple = (1, 8)
+) -> dict:
+    """All rows as lists of batches, by the name that Row.batches gives: padded, and packed by the lengths `packs`.
+
+    padded: rows of a padded batch, a list for each.
+    """
     made = {}
-    for size in (1, 8):
+    for size in padded:
         made[f"padded {size}"] = []
         for start in range(0, len(offsets) - 1, size):
             rows = range(start, min(start + size, len(offsets) - 1))
@@ -100,21 +109,29 @@ def make_batches(ids: np.ndarray, offsets: np.ndarray, layout: IdLayout, packs: 
 
 
 class Model:
-    """A random model with an adapter, whose layers can be put together from stock and fused parts again and again."""
+    """A random model whose layers can be put together from stock and fused parts again and again.
 
-    def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
+    full: all of its weights are trained; else an adapter is, which it has then.
+    """
+
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype, full: bool = False):
         self.device, self.dtype = device, dtype
         self.model, self.layout = random_model(size, device, dtype)
         self.shape = shape_of(self.model)
-        add_adapter(self.model, CONFIG)
-        generator = torch.Generator(device).manual_seed(0)
-        for parameter in self.trained().values():
-            parameter.data = parameter.data.to(dtype)
-            # What A and B add is then about a quarter of what the projection gives.
-            parameter.data.normal_(0, 0.5 * parameter.shape[1] ** -0.5, generator=generator)
+        if not full:
+            self._adapt()
         self.model.train()
         self._stock = [dict(layer.named_children()) for layer in self.model.model.layers]
+        self._adapted = [] if full else [(*place, LoraLinear(place[-1])) for place in adapted(self.model)]
         self._norm = self.model.model.norm
+
+    def _adapt(self) -> None:
+        add_adapter(self.model, CONFIG)
+        generator = torch.Generator(self.device).manual_seed(0)
+        for parameter in self.trained().values():
+            parameter.data = parameter.data.to(self.dtype)
+            # What A and B add is then about a quarter of what the projection gives.
+            parameter.data.normal_(0, 0.5 * parameter.shape[1] ** -0.5, generator=generator)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -127,6 +144,9 @@ class Model:
         norms = {"stock": lambda norm: norm, "ours": fused.RMSNorm, "liger": LigerNorm}
         mlps = {"stock": lambda mlp: mlp, "ours": fused.GatedMLP, "liger": LigerMLP}
         attend = {"stock": lambda stock: stock, "ours": fused.PackedAttention}[row.attention]
+        # In the stock modules, from which the others take their projections.
+        for parent, name, peft, ours in self._adapted:
+            setattr(parent, name, ours if row.adapter == "ours" else peft)
         for layer, stock in zip(self.model.model.layers, self._stock, strict=True):
             layer.self_attn, layer.mlp = attend(stock["self_attn"]), mlps[row.mlp](stock["mlp"])
             for name in ("input_layernorm", "post_attention_layernorm"):
@@ -195,7 +215,7 @@ def torch_step(model: Model, row: Row, batches: list[dict], targets: int) -> Ite
             (loss / targets).backward()
             total = total + loss.detach()
         if gradients is not None:
-            gradients |= {name: p.grad.to("cpu", torch.float64, copy=True) for name, p in trained.items()}
+            gradients |= {name: p.grad.to("cpu", copy=True) for name, p in trained.items()}
         nn.utils.clip_grad_norm_(trained.values(), CONFIG.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -226,7 +246,7 @@ def engine_step(model: Model, row: Row, batches: list[dict], targets: int) -> It
                 engine.step()
         if gradients is not None:
             whole = {name: safe_get_full_grad(p) for name, p in model.trained().items()}
-            gradients |= {name: grad.to("cpu", torch.float64, copy=True) for name, grad in whole.items()}
+            gradients |= {name: grad.to("cpu", copy=True) for name, grad in whole.items()}
         ds.optimizer_step(engine)
         return float(total) / targets
 

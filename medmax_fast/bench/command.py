@@ -42,7 +42,9 @@ def bench(config: BenchConfig) -> dict:
         try:
             with Progress("bench (stages)", len(stages)) as bar:
                 for _, group in itertools.groupby(stages, key=lambda stage: stage.module):
-                    _run(run, list(group))
+                    group = list(group)
+                    # Collecting tests takes little beside starting pytest, so a dry run collects all of them at once.
+                    _run(run, group, stages if run.dry else group)
                     bar.update(len(run.stages))
             # The tests marked gpu that guard no stage come last.
             if suite == "gpu" and not config.stages:
@@ -80,10 +82,10 @@ def _suite(config: BenchConfig) -> str:
     return config.suite if config.suite != "auto" else "gpu" if gpu else "cpu"
 
 
-def _run(run: Run, stages: list[Stage]) -> None:
-    """Tests, then benchmark; what is not finished when the user interrupts is noted as such."""
+def _run(run: Run, stages: list[Stage], guarded: list[Stage]) -> None:
+    """Tests of `guarded`, then benchmark; what is not finished when the user interrupts is noted as such."""
     try:
-        run.test([guard for stage in stages for guard in stage.guards])
+        run.test([guard for stage in guarded for guard in stage.guards])
         run.measure(stages)
     except KeyboardInterrupt:
         ended = {stage["stage"] for stage in run.stages}

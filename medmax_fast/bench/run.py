@@ -111,14 +111,13 @@ class Run:
         # A module that cannot be imported must not stop the others.
         options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         report = self.folder / f"tests-{os.getpid()}.xml"
+        options.append(f"--junitxml={report}")
         if self.dry:
             options.append("--collect-only")
-        else:
-            options.append(f"--junitxml={report}")
-            if find_spec("xdist"):
-                options += ["-n", str(min(WORKERS, MODULE_WORKERS * len(modules), os.cpu_count() or 1))]
-                if find_spec("pytest_timeout"):
-                    options += [f"--timeout={HANGS}", "--timeout-method=thread"]
+        elif find_spec("xdist"):
+            options += ["-n", str(min(WORKERS, MODULE_WORKERS * len(modules), os.cpu_count() or 1))]
+            if find_spec("pytest_timeout"):
+                options += [f"--timeout={HANGS}", "--timeout-method=thread"]
         files = [f"tests/test_{name}.py" for name in modules]
         status = self._process("pytest", [*options, *files], (TESTS_SHARE if guards else 1.0) * self._left())
         found = read_tests(report) if report.is_file() else {}
@@ -128,7 +127,8 @@ class Run:
             if status is None:
                 red = red or [NOT_RUN]
             elif self.dry:
-                red = [] if status == 0 else [f"test_{name}: cannot be collected"]
+                # The report has only what cannot be collected.
+                red = [f"test_{name}: cannot be collected"] if red or (status and not found) else []
             elif guards and not passed and not red:
                 red = [f"test_{name}: none of its tests ran"]
             self.passed[name], self.red[name] = passed, red

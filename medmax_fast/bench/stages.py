@@ -28,6 +28,7 @@ KERNELS = {
     "norm_rope": "qk_norm_rope",
     "rms_norm": "rms_norm",
     "swiglu": "swiglu",
+    "lora": "lora",
     "loss": "cross_entropy loss",
     "norm_rope_store": "norm_rope_store",
     "paged_attention": "paged_attention",
@@ -38,9 +39,11 @@ SUITES = {
     "gpu": [
         *_sections("kernels", KERNELS),
         *_sections("collate", {"collate": "collate"}),
-        *_sections("images", {"encoder": "vqgan", "tokenize": "vqgan resample tokenization"}),
+        *_sections("images", {"encoder": "vqgan vqgan_fused", "tokenize": "vqgan vqgan_fused resample tokenization"}),
         *_sections("generate", dict.fromkeys(("text", "pictures", "vqa"), "generate generate_command decoder")),
         *_sections("train", {"train": "attention loss gpu_training"}),
+        *_sections("full", dict.fromkeys(("full", "short_rows"), "attention loss gpu_training")),
+        *_sections("start", {"start": "generate decoder", "compile": "doctor"}),
     ],
     "cpu": [Stage("pixels", "images"), *(Stage(name, name, section=False) for name in WHOLE)],
 }

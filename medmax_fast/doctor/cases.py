@@ -122,13 +122,18 @@ def resample(draw: Draw) -> Found:
 
 
 def group_norm(draw: Draw) -> Found:
-    from medmax_fast.kernels.group_norm import group_norm_silu
+    from medmax_fast.kernels.group_norm import add_group_norm_silu_
+    from medmax_fast.kernels.sums import Sum
 
-    x = draw.activations(2, 32, 9, 7).contiguous(memory_format=torch.channels_last)
-    weight, bias = draw.near(1, 32), draw.near(0, 32)
-    exact = F.silu(F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6))
-    ours, plain = (group_norm_silu(x, weight, bias, 8, 1e-6, impl=impl) for impl in ("triton", "torch"))
-    return close([ours], [plain], [exact])
+    x, residual = (draw.activations(2, 32, 9, 7).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    shift, weight, bias = draw.near(0, 32), draw.near(1, 32), draw.near(0, 32)
+
+    def run(impl: str) -> list[torch.Tensor]:
+        return [*add_group_norm_silu_(Sum(x.clone(), shift, residual), weight, bias, 8, 1e-6, impl=impl)]
+
+    total = x.double() + shift.double()[:, None, None] + residual.double()
+    normed = F.silu(F.group_norm(total, 8, weight.double(), bias.double(), 1e-6))
+    return close(run("triton"), run("torch"), [total, normed])
 
 
 def rms_norm(draw: Draw) -> Found:
@@ -165,6 +170,20 @@ def swiglu(draw: Draw) -> Found:
         return with_gradients(lambda *leaves: swiglu(*leaves, impl=impl), list(tensors), dy)
 
     return three_ways(run, [draw.activations(5, 96), draw.activations(5, 96)])
+
+
+def lora(draw: Draw) -> Found:
+    from medmax_fast.kernels.lora import lora_linear
+
+    weight, dy, seed = draw.activations(24, 80), draw.activations(37, 24), 1234567
+
+    def run(impl: str, *tensors) -> list[torch.Tensor]:
+        def adapted(x, a, b):
+            return lora_linear(x, weight.to(x.dtype), a, b, 0.5, 0.2, seed, impl)
+
+        return with_gradients(adapted, list(tensors), dy)
+
+    return three_ways(run, [draw.activations(37, 80), draw.near(0, 4, 80), draw.near(0, 24, 4)])
 
 
 def cross_entropy(draw: Draw) -> Found:
@@ -273,6 +292,7 @@ KERNELS = {
     "RMS norm": rms_norm,
     "query/key norm, RoPE": qk_norm_rope,
     "SwiGLU": swiglu,
+    "LoRA projection": lora,
     "cross-entropy": cross_entropy,
     "norm, RoPE, store": norm_rope_store,
     "paged attention": paged_attention,

@@ -19,7 +19,7 @@ from medmax_fast.model.convert import write_checkpoint
 from medmax_fast.model.init_vqgan import colour_vqgan
 from medmax_fast.model.layout import GLOBAL_KEYS, Key, ModelShape, keys, to_hf
 from medmax_fast.model.load import load_model
-from medmax_fast.model.vqgan import VQConfig
+from medmax_fast.model.vqgan_config import VQConfig
 from medmax_fast.vocab import EOT_TEXT, IMAGE_TEXT, IdLayout, code_name, read_vocab
 
 # One picture costs about 0.3 s to encode and 3 s to decode on two CPU cores at this width.
@@ -29,6 +29,8 @@ TINY_TEXT_IDS = 1000
 SHAPES = {
     # As many ids as the tokenizer learns.
     "tiny": ModelShape(dim=128, layers=2, heads=4, kv_heads=4, hidden=352, vocab_size=0),
+    # No published one: 1.1e9 weights, for benchmarks of full fine-tuning on one GPU.
+    "1b": ModelShape(dim=2048, layers=16, heads=16, kv_heads=16, hidden=5504, vocab_size=65536),
     "7b": ModelShape(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11008, vocab_size=65536),
 }
 # See RandomCheckpoint.
@@ -70,7 +72,7 @@ def init(config: InitConfig) -> dict:
 def random_model(size: str, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
     """(model as load_model gives it, IdLayout): a RandomCheckpoint drawn on `device`, without files.
 
-    size: as in InitConfig. The same seed draws other values on another kind of device.
+    size: of SHAPES. The same seed draws other values on another kind of device.
     """
     with tempfile.TemporaryDirectory() as folder:
         generator = torch.Generator(device).manual_seed(seed)
