@@ -3,7 +3,8 @@
     PYTHONPATH=. python -m benchmarks.render [--check]
 
 Of every hardware the newest result of `medmax bench` counts (gpu_<hardware>_<yyyymm>.json, cpu_...), and the newest
-report of the compiler (aot_...). --check writes nothing and ends with status 1 if a document is not what they say.
+reports of the compiler (aot_...) and of benchmarks.count (count_...). --check writes nothing and ends with status 1 if
+a document is not what they say.
 """
 
 import argparse
@@ -11,7 +12,10 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import verdicts
 from benchmarks.bench_kernels import floors as kernel_floors
+from benchmarks.changes import CHANGES
+from benchmarks.counting.report import sections
 from benchmarks.gaps import GAPS
 from benchmarks.stage_floors import floors as stage_floors
 from medmax_fast.bench.table import cells, duration, heading, number, problem, summary
@@ -30,8 +34,11 @@ INTRODUCTION = """Rendered by `python -m benchmarks.render` from benchmarks/resu
 and from kernels/blocks.py. A stage's floor is the larger of two times: the bytes that any form of it must read or
 write, each once, at the rate of a large copy, and the FLOP of its products at the rate of a large bf16 product. Both
 rates are measured in the process that measures the stage. The gap is the time over the floor."""
+ABOUT_GOALS = """On one H200, from benchmarks/goals.py. A goal is met when all of its rows are; of several shapes the
+one that misses most, or is nearest to it, is shown. What stands beside a figure is from the same row of evidence."""
 ABOUT_GAPS = """Known from the code and from what the compiler made of it. A measurement has the last word, and is put
 here with the change that it led to."""
+ABOUT_CHANGES = "From benchmarks/changes.py, the newest last."
 ABOUT_BLOCKS = "By compute capability (80: A100, 90: H100 and H200, 100: B200), from kernels/blocks.py."
 # Of the table in the README.
 SHOWN = ("stage", "shape", "form", "time (p20 to p80)", "roofline", "rate", "times as fast", "quality")
@@ -65,15 +72,27 @@ def readme_block(gpu: dict[str, dict], cpu: dict[str, dict]) -> str:
     return "\n\n".join(parts)
 
 
-def roofline_document(gpu: dict[str, dict], aot: dict[str, dict]) -> str:
-    """Floors, measured times and what stands between, then what the compiler says and the block sizes."""
+def roofline_document(gpu: dict[str, dict], aot: dict[str, dict], counted: dict[str, dict]) -> str:
+    """Floors, measured times and what stands between, then what was counted, what the compiler says, block sizes."""
     floors = [floor_row(floor, gpu) for floor in [*kernel_floors(), *stage_floors()]]
-    parts = ["# Roofline", INTRODUCTION, "## Floors and gaps", *([] if gpu else [NO_GPU]), table(floors)]
+    parts = ["# Roofline", INTRODUCTION, *goals(gpu), "## Floors and gaps", *([] if gpu else [NO_GPU]), table(floors)]
     gaps = [f"- **{stage}**: {text}" for stage, text in GAPS.items()]
-    parts += ["## What stands between floor and time", ABOUT_GAPS, "\n".join(gaps), "## What the compiler says"]
+    parts += ["## What stands between floor and time", ABOUT_GAPS, "\n".join(gaps)]
+    changes = [{name: plain(words or "not measured") for name, words in change.items()} for change in CHANGES]
+    parts += ["## Changes", ABOUT_CHANGES, table(changes)]
+    for result in counted.values():
+        parts += sections(result)
+    parts.append("## What the compiler says")
     for compiler, result in aot.items():
         parts += [f"{plain(compiler)}, no GPU needed.", table(compiled_rows(result))]
     return "\n\n".join([*parts, "## Block sizes", ABOUT_BLOCKS, table(block_rows())]) + "\n"
+
+
+def goals(gpu: dict[str, dict]) -> list[str]:
+    """What is wanted on one H200, and what every result says to it."""
+    lines = [f"- **{plain(hardware)}**: {verdicts.summary(result)}" for hardware, result in gpu.items()]
+    rows = [{name: plain(cell) for name, cell in row.items()} for row in verdicts.table_rows(gpu)]
+    return ["## Goals", ABOUT_GOALS, *(["\n".join(lines)] if lines else []), table(rows)]
 
 
 def floor_row(floor: dict, gpu: dict[str, dict]) -> dict[str, str]:
@@ -145,7 +164,7 @@ def compiled_rows(result: dict) -> list[dict[str, str]]:
 
 def documents() -> dict[Path, str]:
     """Every rendered file, whole."""
-    gpu, cpu, aot = newest("gpu"), newest("cpu"), newest("aot")
+    gpu, cpu, aot, counted = (newest(what) for what in ("gpu", "cpu", "aot", "count"))
     readme = README.read_text(encoding="utf-8")
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise InputError(f"{README}: expected {BEGIN} and {END}, once each")
@@ -153,7 +172,7 @@ def documents() -> dict[Path, str]:
     after = rest.split(END)[1]
     return {
         README: f"{before}{BEGIN}\n\n{readme_block(gpu, cpu)}\n\n{END}{after}",
-        ROOFLINE: roofline_document(gpu, aot),
+        ROOFLINE: roofline_document(gpu, aot, counted),
     }
 
 

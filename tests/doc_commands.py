@@ -41,6 +41,7 @@ ELSEWHERE = {
     "examples/evaluation/run.py": "test_eval_end_to_end",
     "docs/data_flow.py": "test_docs",
     "benchmarks.render": "test_render",
+    "benchmarks.count": "test_count",
 }
 
 
