@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Keeps the current folder off sys.path, where kernels/ would shadow the PyPI package of that name.
 export PYTHONSAFEPATH := 1
+# Modules are compiled once also where the environment says otherwise: tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup test sanitize demo docs errors lint build format bench gpu clean
 
@@ -21,9 +23,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# Two workers with a thread each: OpenMP threads of several processes on the same cores slow each other down.
+# Two workers with a thread each: OpenMP threads of several processes on the same cores slow each other down. A worker
+# takes whole modules, whose fixtures are then made once, in the order of tests/conftest.py: slow ones first.
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests of the C++ under AddressSanitizer and UBSan, with a copy of the package that has an extension of its own:
 # the one in the checkout stays as it is. CPython frees little at its end, so leaks are not looked for.

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 
 from medmax_fast.config import ScoreConfig, TrainConfig
 from medmax_fast.data.loader import PackedLoader
@@ -360,10 +360,7 @@ def test_two_ranks_end_alike_also_the_one_without_rows(config, tokenizer, tmp_pa
         "device",
     ):
         command += ["--" + name.replace("_", "-"), str(getattr(config, name))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     ranks = [
         subprocess.Popen(

@@ -148,9 +148,10 @@ def test_version_and_command_of_an_installation():
 
 IMPORT = """
 import sys, time
-began = time.perf_counter()
+# Of the processor, which other processes share.
+began = time.process_time()
 import medmax_fast
-print(time.perf_counter() - began, *sorted({"torch", "numpy", "transformers"} & set(sys.modules)))
+print(time.process_time() - began, *sorted({"torch", "numpy", "transformers"} & set(sys.modules)))
 """
 
 

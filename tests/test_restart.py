@@ -11,7 +11,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.loader import PackedLoader
@@ -400,10 +400,7 @@ def test_the_cases_have_micro_batches_without_targets_and_without_packs(cases):
 
 def run_ranks(forks, world, runs):
     """Run trainings on forked ranks; (exit status, standard output, standard error) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for rank in range(world):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}

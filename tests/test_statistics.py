@@ -210,9 +210,10 @@ def test_an_interval_of_accuracies_holds_the_mean_and_stays_inside(answers, many
 def test_estimating_a_large_task_takes_under_a_second():
     rng = np.random.default_rng()
     index, values = np.sort(rng.integers(0, 860, 6700)), rng.integers(0, 2, 6700).tolist()
-    start = time.perf_counter()
+    # Of this thread, whatever else the machine does.
+    start = time.thread_time()
     assert estimate(values, _names(index), True).method == "bootstrap"
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 # ---- coverage ----

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
+from ports import free_port
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
@@ -228,8 +228,9 @@ def test_gradio_is_missing(golden, monkeypatch):
 def test_the_command_asks_for_a_password_and_leaves_nothing(golden, tmp_path, monkeypatch, number, status):
     monkeypatch.setenv("MEDMAX_AUTH", "ann:to be kept, bob:another:one")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    # What torch keeps for all processes, if this one is the first to need it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.with_name("inductor")))
+    port = free_port()
     url, answered = f"http://127.0.0.1:{port}", {}
 
     def visit() -> None:

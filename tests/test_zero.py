@@ -6,13 +6,13 @@ The folders are DeepSpeed's own, made by one run of zero_folders.py per number o
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 from medmax_fast.model.zero import ZeroWeights, find_zero
 from medmax_fast.runtime import InputError
@@ -60,9 +60,7 @@ def base(tmp_path_factory):
         for spec in plan:
             spec.update({"universal": spec["path"] + "-universal"} if "universal" in spec else {})
         (base / f"plan-{world}.json").write_text(json.dumps(plan))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(world):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             environment = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1"} | {key: str(n) for key, n in numbers.items()}
@@ -71,7 +69,7 @@ def base(tmp_path_factory):
                 options = {"stdout": log, "stderr": log, "env": os.environ | environment}
                 started.append((subprocess.Popen(command, **options), log.name))
     for process, log in started:
-        assert process.wait(timeout=120) == 0, Path(log).read_text()[-3000:]
+        assert process.wait(timeout=300) == 0, Path(log).read_text()[-3000:]
     return base
 
 

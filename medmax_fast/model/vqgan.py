@@ -216,7 +216,9 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        self.embedding = nn.Embedding(config.n_embed, config.embed_dim)
+        # The values that nn.Embedding draws; on the meta device it would import torch's compiler to do so, for a second.
+        drawn = torch.randn(config.n_embed, config.embed_dim)
+        self.embedding = nn.Embedding.from_pretrained(drawn, freeze=False)
 
     def codes(self, z_BDHW: torch.Tensor, id_offset: int = 0) -> torch.Tensor:
         """int64 [B, H*W]: nearest code of each position, row by row, plus `id_offset`; always decided in fp32."""
