@@ -216,7 +216,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        # The values that nn.Embedding draws; on the meta device it would import torch's compiler to do so, for a second.
+        # The values that nn.Embedding draws; on the meta device it would import torch's compiler for it, a second.
         drawn = torch.randn(config.n_embed, config.embed_dim)
         self.embedding = nn.Embedding.from_pretrained(drawn, freeze=False)
 
