@@ -99,7 +99,8 @@ def test_a_shared_beginning_gives_the_same_states(checkpoint, device):
     state, cached = last_state(shared, second)
     expected, none = last_state(alone, second)
     assert (cached, none) == (PAGE + 30, 0)
-    torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
+    # A GPU takes other kernels for fewer ids: two roundings of states of about 4.
+    torch.testing.assert_close(state, expected, rtol=0, atol=5e-5)
 
 
 def test_shares_of_ranks_add_up(checkpoint, monkeypatch):

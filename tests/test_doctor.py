@@ -224,14 +224,20 @@ def test_imports_are_not_waited_for_beyond_their_time(library):
 # ---- self-tests ----
 
 
-def run(name):
-    return run_test(name, (KERNELS | EXTENSION)[name], "Triton", DEVICE)
+def run(name, dtype=torch.float32):
+    def test(draw):
+        draw.dtype = dtype
+        return (KERNELS | EXTENSION)[name](draw)
+
+    return run_test(name, test, "Triton", DEVICE)
 
 
 @pytest.mark.gpu(required=False)
+# In 16 bits, as on a GPU, in the interpreter too.
+@pytest.mark.parametrize("dtype", [torch.bfloat16] + [torch.float32] * (DEVICE == "cpu"), ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_wrong_kernel_fails_its_self_test(name, monkeypatch):
-    found = run(name)
+def test_a_wrong_kernel_fails_its_self_test(name, dtype, monkeypatch, bf16_to_nearest):
+    found = run(name, dtype)
     assert found["passed"] and found["difference"] <= found["allowed"] and found["error"] == "", found
     module, launcher = LAUNCHERS[name]
     module = importlib.import_module(f"medmax_fast.kernels.{module}")
@@ -240,13 +246,14 @@ def test_a_wrong_kernel_fails_its_self_test(name, monkeypatch):
     def wrong(*arguments, **options):
         result = launch(*arguments, **options)
         tensor = result[0] if isinstance(result, tuple) else result
-        # The last value, by one unit or a part of its size that bfloat16 shows.
+        # The last value, by one unit or a part of the largest; in 16 bits, where others are rounded as well, by all.
         at = tuple(size - 1 for size in tensor.shape)
-        tensor[at] += 1 if not tensor.is_floating_point() else max(abs(tensor[at].item()), 1.0) * 2**-5
+        part = 1 if tensor.element_size() < 4 else 2**-5
+        tensor[at] += part * tensor.abs().max() if tensor.is_floating_point() else 1
         return result
 
     monkeypatch.setattr(module, launcher, wrong)
-    found = run(name)
+    found = run(name, dtype)
     assert not found["passed"] and found["difference"] > found["allowed"], found
 
 

@@ -18,7 +18,7 @@ from medmax_fast.generate.samples import uniforms
 from medmax_fast.kernels import norm_rope_store, paged_attention, rms_norm, sampling, swiglu
 from medmax_fast.model.checkpoint import open_checkpoint
 from medmax_fast.model.decoder import Decoder
-from medmax_fast.runtime import InputError
+from medmax_fast.runtime import InputError, available_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -345,6 +345,27 @@ def test_a_step_runs_on_its_kernels_and_waits_for_nothing(golden, cases, monkeyp
     assert counted.reads == []
 
 
+class Products(TorchDispatchMode):
+    """The shapes of what products multiply."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.shapes.append([tuple(operand.shape) for operand in args[:2]])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_head_is_read_once_for_the_three_streams_of_pictures(golden):
+    steps = fresh_engine(golden).steps
+    width, products = steps.decoder.shape.dim, Products()
+    with torch.no_grad(), products:
+        steps._pick_image(torch.tensor([3, 1, 2, 6, 4, 5]))
+    assert products.shapes == [[(6, width), (width, 8192)]]
+
+
 def test_memory_for_the_cache_is_checked(golden):
     with pytest.raises(InputError, match="no memory for keys and values"):
         Engine.from_checkpoint(golden / "checkpoint", device="cpu", cache_gb=1e-6)
@@ -352,6 +373,13 @@ def test_memory_for_the_cache_is_checked(golden):
     size = position_bytes(engine.decoder)
     assert size == 2 * 2 * 64 * 4
     assert 0.9e7 < engine.cache.pool.size * PAGE * size <= 1e7
+
+
+def test_freed_memory_that_torch_keeps_counts_as_free(monkeypatch):
+    figures = {"mem_get_info": (10, 100), "memory_reserved": 60, "memory_allocated": 35}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, figure=figure: figure)
+    assert available_bytes(torch.device("cuda", 0)) == 10 + 25
 
 
 def test_batch_size_is_checked(engine):

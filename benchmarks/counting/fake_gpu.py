@@ -114,6 +114,7 @@ def fake_gpu() -> Iterator:
         "get_device_properties": lambda *_: SimpleNamespace(name=NAME, total_memory=MEMORY, major=9, minor=0),
         "mem_get_info": lambda *_: (MEMORY - tally.held, MEMORY),
         "memory_allocated": lambda *_: tally.held,
+        "memory_reserved": lambda *_: tally.held,
         "max_memory_allocated": lambda *_: tally.count.peak,
         "empty_cache": lambda: None,
         "synchronize": lambda *_: tally.sync("torch.cuda.synchronize"),

@@ -162,7 +162,8 @@ class Steps:
     def _pick_image(self, slots_3R: torch.Tensor) -> torch.Tensor:
         s, groups_R3 = self.slots, slots_3R.view(-1, 3)
         full_R = groups_R3[:, 0]
-        logits_3RV = s.hidden_SC[groups_R3.T] @ self._image_head.T
+        # Contiguous, or torch takes the states of the three for a batch each, and reads the head for every one.
+        logits_3RV = s.hidden_SC[groups_R3.T.contiguous()] @ self._image_head.T
         position = s.position_S[full_R]
         code = self._agreed(pick_image(logits_3RV, s.image_S4[full_R], s.uniform_SP[full_R, position]))
         new = code + self.layout.image_start
