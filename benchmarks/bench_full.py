@@ -171,7 +171,7 @@ def short_rows(bench: Bench) -> Iterator[tuple[list[dict], list[dict]]]:
 SECTIONS = {section.__name__: section for section in (full, short_rows)}
 
 
-def main() -> None:
+def main() -> int:
     arguments = section_parser("full fine-tuning, and packs of many short rows", SECTIONS).parse_args()
     device = pick_device("auto")
     gpu, deepspeed = device.type == "cuda", importlib.util.find_spec("deepspeed") is not None
@@ -188,11 +188,11 @@ def main() -> None:
         "product_flop_per_s": bench.roofline.product,
     }
     chosen = {name: partial(SECTIONS[name], bench) for name in arguments.only}
-    status = run_sections("full", chosen, SUMMARY, arguments.output, facts)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
+    return run_sections("full", chosen, SUMMARY, arguments.output, facts)
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

@@ -56,8 +56,9 @@ PUBLISHED = "published"
 REAL = VQConfig()
 SMALL = VQConfig(ch=32, z_channels=32, embed_dim=32, n_embed=256, resolution=64)
 WHOLE = VQConfig(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=0, z_channels=8, embed_dim=8, n_embed=1024)
-# Pictures encoded at a time, and turned pictures that are encoded; the others make the codebook.
-BATCH = {"cuda": 64, "cpu": 2}
+# Pictures encoded at a time; 64 would have 2^31 activations, one more than an index of 32 bits. And turned pictures
+# that are encoded; the others make the codebook.
+BATCH = {"cuda": 32, "cpu": 2}
 ENCODED = 64
 # Different pictures among the files of `tokenize`: on a GPU as many as the command itself compares with fp32.
 DIFFERENT = {"cuda": 16, "cpu": 2}

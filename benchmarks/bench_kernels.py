@@ -17,7 +17,8 @@ only; of_whole: as a share of what the textbook form stores in between. times_be
 fast as the fastest form that is neither ours nor another compiler's.
 
 A failed case leaves the others as they are, and a form of another compiler that fails its own; the exit status is then
-1. With --output all is written after each section.
+1. One that leaves the process without its GPU, as a kernel that reads beyond its memory does, is the last (gpu_lost).
+With --output all is written after each section.
 """
 
 import random
@@ -35,7 +36,7 @@ from benchmarks.cases import images as image
 from benchmarks.cases import training as train
 from benchmarks.cases.case import COMPILED, LIGER, Case, Draw, Work
 from benchmarks.harness import Roofline, environment, evidence, extra_bytes, in_turns, report
-from benchmarks.sections import FAILURES, forget, reason_of, section_parser
+from benchmarks.sections import FAILURES, forget, gpu_lost, reason_of, section_parser
 from medmax_fast.files import write_json
 from medmax_fast.kernels.launch import INTERPRETED
 
@@ -156,29 +157,35 @@ def main() -> None:
         "product_flop_per_s": roofline.product,
         "section_s": {},
         "failed": {},
+        "gpu_lost": False,
         "evidence": [],
     }
     rows: list[dict] = []
     for stage in arguments.only:
         start = time.perf_counter()
         for case in STAGES[stage](size):
-            # What is left of the case before it.
-            forget()
             try:
+                # What is left of the case before it.
+                forget()
                 # Of the seed alone, whatever else --only names.
                 printed, found, reasons = measure(case, Draw(device, arguments.seed), roofline, repeats)
             except FAILURES as error:
                 # The others are still worth a machine's time.
                 printed, found, reasons = [], [], [f"{case.shape}: {reason_of(error)}"]
+                facts["gpu_lost"] = gpu_lost()
             for reason in reasons:
                 facts["failed"].setdefault(stage, []).append(reason)
                 print(f"{stage}, {reason}", flush=True)
             rows += printed
             facts["evidence"] += found
+            if facts["gpu_lost"]:
+                break
         facts["section_s"][stage] = time.perf_counter() - start
         print(f"{stage}: {facts['section_s'][stage]:.1f} s", flush=True)
         if arguments.output:
             write_json(arguments.output, {"benchmark": "kernels", **facts, "environment": environment(), "rows": rows})
+        if facts["gpu_lost"]:
+            break
     report("kernels", rows or [{"stage": "nothing measured"}], arguments.output, **facts)
     sys.exit(int(bool(facts["failed"])))
 

@@ -268,7 +268,7 @@ def step_evidence(form: str, line: dict, facts: dict, flop: float, roofline: Roo
     return row | {name: line[name] for name in ("mfu", "memory_gib")}
 
 
-def main() -> None:
+def main() -> int:
     parser = section_parser(
         "optimizer step: time, memory, loss, gradient, technique by technique", ("train", "others"), sized=True
     )
@@ -290,10 +290,11 @@ def main() -> None:
     if not gpu:
         print("no GPU: fused parts run as their torch references here, which shows that they are equal, not how fast")
     report("train", rows, arguments.output, **facts)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(int(bool(facts["failed"])))
+    return int(bool(facts["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

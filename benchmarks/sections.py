@@ -61,6 +61,17 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
+def gpu_lost() -> bool:
+    """Whether a kernel that failed has left this process without its GPU: whatever it does there then fails too."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def reason_of(error: BaseException) -> str:
     """The error on one line, with its type."""
     return f"{type(error).__name__}: {one_line(error)}"
@@ -80,9 +91,10 @@ def run_sections(
     """Run all `sections`; returns the exit status.
 
     summary: keys of the rows that stay in the last table, the first of them what a row is called. The result has
-    beside `facts` section_s, failed (reasons), sections (all rows), each by section, and `evidence`.
+    beside `facts` section_s, failed (reasons), sections (all rows), each by section, `evidence`, and gpu_lost: whether
+    a section has ended the others' GPU with it, which are left out then.
     """
-    facts = facts | {"section_s": {}, "failed": {}, "sections": {}, "evidence": []}
+    facts = facts | {"section_s": {}, "failed": {}, "sections": {}, "evidence": [], "gpu_lost": False}
     rows: list[dict] = []
 
     def write() -> None:
@@ -100,6 +112,7 @@ def run_sections(
                 write()
         except FAILURES as error:
             facts["failed"][section] = failure(section, error)
+            facts["gpu_lost"] = gpu_lost()
         facts["section_s"][section] = time.perf_counter() - start
         shown = found or [{summary[0]: "nothing measured"}]
         rows += [{"section": section} | {key: row.get(key) for key in summary} for row in shown]
@@ -108,5 +121,7 @@ def run_sections(
             print_table(found)
         print(flush=True)
         write()
+        if facts["gpu_lost"]:
+            break
     report(name, rows, output, **facts)
     return int(bool(facts["failed"]))

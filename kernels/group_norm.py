@@ -227,7 +227,9 @@ def group_norm_silu_ref(
 
 
 def takes(x_BCHW: torch.Tensor) -> bool:
-    """Whether what a convolution makes of x may be left a `Sum`: "auto" will take the kernel for that."""
+    """Whether what a convolution makes of x_BCHW, [B, C, H, W] of any dtype, may be left a `Sum`: "auto" will take the
+    kernel for that. Raises no ValueError, whatever the layout.
+    """
     channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     return use_triton("auto", x_BCHW) and channels_last and not torch.is_grad_enabled()
 
@@ -366,15 +368,18 @@ def add_group_norm_silu_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, rounded to the dtype, and its norm: a convolution's bias, a residual connection and what comes next.
 
-    Arguments, and what is raised, as of `group_norm_silu`. Returns two pictures; the first may be x, or have the memory
-    of a Sum's x. May be captured in a CUDA graph.
+    x, weight, bias, groups, eps, silu, impl, dtypes, and what is raised: as `group_norm_silu` has them. Returns two
+    pictures; the first may be x, or have the memory of a Sum's x. May be captured in a CUDA graph.
     """
     out, total = _run(x, weight, bias, groups, eps, silu, True, impl)
     return total, out
 
 
 def add_up_(x: Sum, impl: str = "auto") -> torch.Tensor:
-    """The sum alone, as `add_group_norm_silu_` returns it: what a convolution reads that no norm stands before."""
+    """The sum alone, as `add_group_norm_silu_` returns it: what a convolution reads that no norm stands before.
+
+    x, impl, dtypes, and what is raised: as there.
+    """
     check_sum(x)
     if x.complete:
         return x.x_BCHW

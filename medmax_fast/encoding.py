@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from medmax_fast.data.dali import DaliDecoder
 from medmax_fast.data.feed import ImageLoader
@@ -61,8 +62,7 @@ class Encoding:
     def start(self, pixels: list) -> Callable[[], np.ndarray]:
         """Begin a batch of `Loaded.pixels`; calling the result waits for its codes, uint16 [N, 1024]."""
         if self.loader.full_size:
-            codes = self.tokenizer.encode_pictures(pixels, *picture_filters(pixels))
-            return lambda: codes.cpu().numpy().astype(np.uint16)
+            return fetched(self.tokenizer.encode_pictures(pixels, *picture_filters(pixels)))
         codes = self.tokenizer.encode(np.stack(pixels)).astype(np.uint16)
         return lambda: codes
 
@@ -90,6 +90,22 @@ class Encoding:
             "pixels_differing": float(np.mean(np.asarray(found) != truth)),
             "codes_differing": float(np.mean(codes != right)),
         }
+
+
+def fetched(codes: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy codes to the host; calling the result waits for them, uint16, and for nothing begun since."""
+    # Into page-locked memory. A copy that is begun when it is asked for would come behind the next batch.
+    host, copied = codes.to("cpu", non_blocking=True), None
+    if codes.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(codes.device))
+
+    def wait() -> np.ndarray:
+        if copied is not None:
+            copied.synchronize()
+        return host.numpy().astype(np.uint16)
+
+    return wait
 
 
 def picture_filters(pixels: list) -> tuple[list, list]:

@@ -51,6 +51,20 @@ def pytest_configure(config) -> None:
     config.pluginmanager.register(ErrorRecorder(config))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A worker that has lost its GPU ends, and xdist starts another one: all its other tests would fail too."""
+    report = yield
+    if HAS_GPU and report.failed and "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return report
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Slow modules come first; tests that need a GPU are left out where there is none."""
     items.sort(key=lambda item: SLOW_FIRST.get(item.path.stem, len(SLOW_FIRST)))

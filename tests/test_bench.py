@@ -39,7 +39,7 @@ for name in arguments.only.split(","):
         sys.exit(9)
     if name == "shapeless":
         del row["shape"]
-    if name == "bad":
+    if name in ("bad", "lost"):
         failed[name] = "3 codes differ"
     else:
         rows.append({"stage": name, **row, "quick": arguments.quick, "interpret": os.environ.get("TRITON_INTERPRET")})
@@ -47,7 +47,9 @@ for name in arguments.only.split(","):
         ended[name] = 1.0
     with open(arguments.output, "w") as file:
         found = {"environment": {"cpu": "abacus", "cores": 1}, "evidence": rows, "failed": failed, "section_s": ended}
-        json.dump(found, file)
+        json.dump(found | {"gpu_lost": name == "lost"}, file)
+    if name == "lost":
+        break
     if name == "half slow":
         time.sleep(600)
     if name == "half dead":
@@ -152,11 +154,21 @@ def test_guards_that_prove_nothing_are_red(checkout, monkeypatch, guard, reason)
     assert result["tests"]["good"]["red"] == []
 
 
-def test_a_benchmark_that_dies_keeps_the_sections_before(checkout, monkeypatch):
-    monkeypatch.setitem(SUITES, "gpu", [Stage(name, "fake", ("good",)) for name in ("one", "dead", "three")])
+@pytest.mark.parametrize(("name", "reason"), [("dead", "exit status 9"), ("lost", "3 codes differ")])
+def test_a_stage_that_ends_its_process_ends_no_other(checkout, monkeypatch, name, reason):
+    names = ("one", name, "two", name + " too", "three")
+    monkeypatch.setitem(SUITES, "gpu", [Stage(name, "fake", ("good",)) for name in names])
     result, _ = run()
-    assert status_of(result) == {"one": "done", "dead": "failed", "three": "failed"}
-    assert "exit status 9" in result["stages"][1]["reason"]
+    assert status_of(result) == dict.fromkeys(names, "done") | {name: "failed"}
+    assert reason in result["stages"][1]["reason"]
+    assert [row["stage"] for row in result["rows"]] == [known for known in names if known != name]
+    assert list(result["benchmarks"]) == ["fake", "fake from two"]
+
+
+def test_a_benchmark_that_dies_at_once_is_not_tried_again(checkout, monkeypatch):
+    monkeypatch.setitem(SUITES, "gpu", [Stage(name, "fake", ("good",)) for name in ("dead", "one")])
+    result, _ = run()
+    assert status_of(result) == {"dead": "failed", "one": "failed"} and result["benchmarks"] == {}
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_flop_of_the_encoder(benchmarks):
 def test_floors_are_those_of_the_evidence(benchmarks):
     bench, forms, *_ = benchmarks
     encoder, tokenize = bench.floors()
-    assert encoder["shape"] == "64 pictures of 512 x 512" and encoder["flop"] == 64 * tokenize["flop"]
+    assert encoder["shape"] == "32 pictures of 512 x 512" and encoder["flop"] == 32 * tokenize["flop"]
     assert tokenize["shape"] == bench.TOKENIZED and tokenize["flop"] == forms.encode_flop(bench.REAL)
 
 

@@ -165,6 +165,21 @@ def test_what_was_measured_is_kept_where_a_run_is_stopped(bench, monkeypatch, tm
     assert {row["stage"] for row in json.loads(output.read_text())["evidence"]} == {"swiglu"}
 
 
+def test_a_lost_gpu_ends_the_run(bench, monkeypatch, tmp_path):
+    good = bench.STAGES["swiglu"]("quick")
+    lost = replace(good[0], make=lambda draw: (_ for _ in ()).throw(RuntimeError("an illegal memory access")))
+    stages = {"good": lambda size: good[:1], "lost": lambda size: [lost, good[0]], "never": lambda size: good}
+    monkeypatch.setattr(bench, "STAGES", stages)
+    monkeypatch.setattr(bench, "gpu_lost", lambda: True)
+    output = tmp_path / "kernels.json"
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", "--quick", "--output", str(output)])
+    with pytest.raises(SystemExit, match="1"):
+        bench.main()
+    result = json.loads(output.read_text())
+    assert result["gpu_lost"] and list(result["section_s"]) == ["good", "lost"] and list(result["failed"]) == ["lost"]
+    assert len(result["failed"]["lost"]) == 1
+
+
 def test_only_known_kernels(bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_kernels", "--only", "vq,sound"])
     with pytest.raises(SystemExit, match="2"):

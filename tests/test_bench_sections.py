@@ -56,6 +56,35 @@ def test_a_failed_section_leaves_the_others(sections, tmp_path, capsys, error):
     assert not half["failed"] and before["failed"] == result["failed"]
 
 
+def test_a_lost_gpu_ends_the_sections(sections, tmp_path, monkeypatch):
+    output = tmp_path / "found.json"
+
+    def fails():
+        yield [{"row": "half"}], []
+        # From here on every call answers like this.
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.synchronize", lost)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(sections, "forget", lambda: None)
+    monkeypatch.setattr(sections, "environment", dict)
+    monkeypatch.setattr("benchmarks.harness.environment", dict)
+    chosen = {"first": fails, "second": lambda: iter([([{"row": "b"}], [])])}
+    assert sections.run_sections("name", chosen, ("row",), str(output), {}) == 1
+    result = json.loads(output.read_text())
+    assert result["gpu_lost"] and list(result["section_s"]) == list(result["failed"]) == ["first"]
+
+
+def test_a_gpu_that_answers_is_not_lost(sections, monkeypatch):
+    assert not sections.gpu_lost()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    assert not sections.gpu_lost()
+
+
 def test_all_well(sections, tmp_path):
     output = tmp_path / "found.json"
     chosen = {"some": lambda: iter([([{"row": "a"}], [])]), "none": lambda: iter([])}

@@ -76,6 +76,14 @@ def test_the_tally_of_backward_passes_and_memory(checks):
     assert checks["memory"] == {"peak": 3 << 22, "held": 1 << 22, "kept": 1}
 
 
+def test_codes_are_waited_for_and_not_the_batch_behind_them():
+    batches = json.loads(run("-m", "fake_gpu_tokenize").splitlines()[-1])
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch["syncs"] == {} and batch["begun"] == 0 and batch["codes"] == [2, 1024]
+        assert batch["waits"] == {"event at medmax_fast/encoding.py, wait": 1}
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     """Rows by stage and shape."""

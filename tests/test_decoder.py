@@ -134,8 +134,10 @@ def test_shares_of_ranks_add_up(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "share", "most"), [("int8", 0.30, 0.02), ("fp8", 0.30, 0.08)])
-def test_8_bit_weights(golden, kind, share, most):
+def test_8_bit_weights(golden, monkeypatch, kind, share, most):
     pytest.importorskip("torchao")
+    # DeepSpeed's ZeRO-3 leaves its own in a process that has trained, which knows no 8-bit tensors.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     checkpoint = open_checkpoint(golden / "checkpoint")
     exact = Decoder.load(checkpoint, "cpu", torch.float32)
     coarse = Decoder.load(checkpoint, "cpu", torch.float32, quantize=kind)

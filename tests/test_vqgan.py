@@ -173,10 +173,11 @@ def test_graph_equals_eager_whatever_the_batch_holds(precision):
 
 @pytest.mark.gpu
 def test_encoding_a_tensor_does_not_wait_for_the_gpu(monkeypatch):
+    # Its codebook is made on the CPU.
+    tokenizer = small_tokenizer("fp16", "cuda", batch_size=4)
     # Every norm finds channels last and takes the kernel, and so does every sum.
     for name in ("group_norm_silu_ref", "sum_ref"):
         monkeypatch.setattr(group_norm, name, lambda *_: pytest.fail("torch in place of a kernel"))
-    tokenizer = small_tokenizer("fp16", "cuda", batch_size=4)
     x_BCHW = torch.rand(6, 3, 64, 64, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     first = tokenizer.encode_tensor(x_BCHW)
     torch.cuda.set_sync_debug_mode("error")

@@ -165,7 +165,7 @@ class Run:
         found = read_json(report) if report.is_file() else {}
         report.unlink(missing_ok=True)
         if found:
-            self.benchmarks[module] = found
+            self.benchmarks[module if module not in self.benchmarks else f"{module} from {names[0]}"] = found
         rows, failed = found.get("evidence", []), found.get("failed", {})
         if wrong := rows_problem(rows):
             rows, failed = [], dict.fromkeys(names, f"benchmarks/bench_{module}.py: evidence: {wrong}")
@@ -174,7 +174,8 @@ class Run:
         # Of one that was stopped or died only these are whole; the last one may lack rows.
         took = found.get("section_s", {})
         ended = names if status == 0 else took
-        for name in names:
+        again = self._spared(stages, found | {"failed": failed}) if status else []
+        for name in names[: len(names) - len(again)]:
             seconds = took.get(name, (time.monotonic() - began) / len(stages))
             if name in failed:
                 # A reason, or one for each shape that failed.
@@ -187,6 +188,18 @@ class Run:
             else:
                 without = "before its end" if name in there else "without a row of it"
                 self.end(name, "failed", f"exit status {status} {without}; see the log", seconds)
+        if again:
+            self.measure(again)
+
+    @staticmethod
+    def _spared(stages: Sequence[Stage], found: dict) -> Sequence[Stage]:
+        """Stages to run in another process: a stage that took its process or its GPU along spares those behind it."""
+        took = found.get("section_s", {})
+        begun = len([stage for stage in stages if stage.name in took or stage.name in found["failed"]])
+        if not took:
+            # Nothing has run: why should it the next time.
+            return []
+        return stages[begun if found.get("gpu_lost") else begun + 1 :]
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
