@@ -12,7 +12,7 @@ CHANGES = (
         "copy rate moves in the time of the products, so the goal cannot be met with them",
         "change": "biases and residuals are added by the norm that reads them, which takes its statistics on the way; "
         "no padded copies",
-        "counted": "64 pictures at a time: 253 GB in 163 operations before, 178 in 118 after; beside products 190 and 114",
+        "counted": "64 pictures: 253 GB in 163 operations before, 178 in 118 after; beside the products 190 and 114",
         "measured": "",
     },
     {
