@@ -24,7 +24,7 @@ from importlib import import_module
 
 from medmax_fast import __version__, config
 from medmax_fast.files import input_error
-from medmax_fast.interruption import command_line, leaving_at_once
+from medmax_fast.interruption import command_line, leaving_at_once, raise_again
 from medmax_fast.progress import close_bars
 from medmax_fast.runtime import (
     Incomplete,
@@ -244,10 +244,12 @@ def _interrupted(name: str, words: str, continues: bool, given: list[str]) -> st
 
 def entry() -> None:
     """Console-script entry point."""
+    raise_again()
     try:
         status = main()
     except KeyboardInterrupt:
         # Before the command was known, or again while an interruption was being answered.
         status = 130
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
     leave(status)

@@ -10,6 +10,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+# Until an interrupt that Python has dropped is raised again.
+AGAIN_S = 0.01
+
 
 def command_line(given: list[str]) -> str:
     """The command line that runs this again: that of a launcher where one has started this process, else its own."""
@@ -38,6 +41,21 @@ def _launched(given: list[str]) -> list[str]:
             # The fields after the name, which may hold anything: state, parent.
             process = int(folder.joinpath("stat").read_bytes().rpartition(b")")[2].split()[1])
     return found
+
+
+def raise_again() -> None:
+    """From now on a Ctrl-C that is raised in a finalizer, where Python drops exceptions, is raised again at once."""
+    others = sys.unraisablehook
+
+    def hook(dropped) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            others(dropped)
+            return
+        # After the finalizer. Signals, and so this, are the main thread's.
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

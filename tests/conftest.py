@@ -55,9 +55,8 @@ def pytest_configure(config) -> None:
 def pytest_runtest_makereport(item, call):
     """A worker that has lost its GPU ends, and xdist starts another one: all its other tests would fail too."""
     report = yield
-    if HAS_GPU and report.failed and "PYTEST_XDIST_WORKER" in os.environ:
-        import torch
-
+    torch = sys.modules.get("torch")
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:

@@ -24,6 +24,7 @@ import pytest
 from medmax_fast import files
 from medmax_fast.cli import COMMANDS, main
 from medmax_fast.files import hash_file
+from medmax_fast.interruption import raise_again
 from medmax_fast.progress import Progress, progress
 from medmax_fast.runtime import info, kept, log, quiet
 
@@ -202,6 +203,21 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_leads_to_the_same_res
     status, _, said = forks.run(words)
     assert status == 0, (story, said)
     assert result_files(tmp_path / "stopped") == result_files(tmp_path / "whole"), story
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.getsignal(signal.SIGALRM)
+    raise_again()
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    Finalized()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["score", "--input"]])
