@@ -23,6 +23,8 @@ once more, as in peft.
 Shapes: T rows, K and O widths of x and y, R rank; x_TK, weight_OK, a_RK, b_OR, h_TR, g_TR.
 """
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -154,8 +156,8 @@ if triton is not None:
         tl.store(dx_ptr + rows * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def random_numbers_ref(seed: int, T: int, K: int, device) -> torch.Tensor:
-    """The numbers 0..65535 that decide on each value, int64 [T, K], in plain torch."""
+def _halves_ref(seed: int, T: int, K: int, device) -> list[torch.Tensor]:
+    """The numbers 0..65535 of every eighth column from column i on, int64 [T, K / 8] for i in 0..7, in plain torch."""
     low = 0xFFFFFFFF
     # int64 holds words of 32 bits, and products of two of them modulo 2^64: their high word loses its sign to the mask.
     c0 = torch.arange(T, device=device)[:, None]
@@ -166,12 +168,23 @@ def random_numbers_ref(seed: int, T: int, K: int, device) -> torch.Tensor:
         p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p2 >> 32 & low) ^ c1 ^ k0, p2 & low, (p0 >> 32 & low) ^ c3 ^ k1, p0 & low
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=2).flatten(1)[:, :K]
+    return [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+
+
+def random_numbers_ref(seed: int, T: int, K: int, device) -> torch.Tensor:
+    """The numbers 0..65535 that decide on each value, int64 [T, K], in plain torch."""
+    return torch.stack(_halves_ref(seed, T, K, device), dim=2).flatten(1)[:, :K]
+
+
+# The backward pass wants the same mask twice.
+@functools.lru_cache(maxsize=1)
+def _mask_ref(limit: int, seed: int, T: int, K: int, device: torch.device) -> torch.Tensor:
+    halves = _halves_ref(seed, T, K, device)
+    return torch.stack([half >= limit for half in halves], dim=2).flatten(1)[:, :K]
 
 
 def _dropped_ref(x_TK: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    return x_TK.where(random_numbers_ref(seed, *x_TK.shape, x_TK.device) >= limit, 0) if limit else x_TK
+    return x_TK.where(_mask_ref(limit, seed, *x_TK.shape, x_TK.device), 0) if limit else x_TK
 
 
 def _plan(R: int, K: int, itemsize: int, BLOCK_T: int, BLOCK_K: int, **options: int) -> dict[str, int]:
