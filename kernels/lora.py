@@ -23,8 +23,6 @@ once more, as in peft.
 Shapes: T rows, K and O widths of x and y, R rank; x_TK, weight_OK, a_RK, b_OR, h_TR, g_TR.
 """
 
-import functools
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -176,15 +174,16 @@ def random_numbers_ref(seed: int, T: int, K: int, device) -> torch.Tensor:
     return torch.stack(_halves_ref(seed, T, K, device), dim=2).flatten(1)[:, :K]
 
 
-# The backward pass wants the same mask twice.
-@functools.lru_cache(maxsize=1)
-def _mask_ref(limit: int, seed: int, T: int, K: int, device: torch.device) -> torch.Tensor:
-    halves = _halves_ref(seed, T, K, device)
-    return torch.stack([half >= limit for half in halves], dim=2).flatten(1)[:, :K]
+def _mask_ref(x_TK: torch.Tensor, limit: int, seed: int) -> torch.Tensor | None:
+    """Which values are kept, bool [T, K]; None where all are."""
+    if not limit:
+        return None
+    halves = _halves_ref(seed, *x_TK.shape, x_TK.device)
+    return torch.stack([half >= limit for half in halves], dim=2).flatten(1)[:, : x_TK.shape[1]]
 
 
-def _dropped_ref(x_TK: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    return x_TK.where(_mask_ref(limit, seed, *x_TK.shape, x_TK.device), 0) if limit else x_TK
+def _dropped_ref(x_TK: torch.Tensor, mask_TK: torch.Tensor | None) -> torch.Tensor:
+    return x_TK if mask_TK is None else x_TK.where(mask_TK, 0)
 
 
 def _plan(R: int, K: int, itemsize: int, BLOCK_T: int, BLOCK_K: int, **options: int) -> dict[str, int]:
@@ -230,22 +229,22 @@ def _down(x_TK, a_RK, scale: float, limit: int, seed: int, fused: bool) -> torch
     """h = scale * dropped(x) A'."""
     if fused:
         return _down_triton(x_TK, a_RK, scale, limit, seed)
-    return torch.mm(_dropped_ref(x_TK, limit, seed), a_RK.t()).mul_(scale)
+    return torch.mm(_dropped_ref(x_TK, _mask_ref(x_TK, limit, seed)), a_RK.t()).mul_(scale)
 
 
-def _weight_gradient(x_TK, g_TR, scale: float, limit: int, seed: int, fused: bool) -> torch.Tensor:
+def _weight_gradient(x_TK, g_TR, mask_TK, scale: float, limit: int, seed: int, fused: bool) -> torch.Tensor:
     """dA = scale * g' dropped(x)."""
     if fused:
         return _weight_gradient_triton(x_TK, g_TR, scale, limit, seed)
-    return torch.mm(g_TR.t(), _dropped_ref(x_TK, limit, seed)).mul_(scale)
+    return torch.mm(g_TR.t(), _dropped_ref(x_TK, mask_TK)).mul_(scale)
 
 
-def _add_input_gradient_(dx_TK, g_TR, a_RK, scale: float, limit: int, seed: int, fused: bool) -> None:
+def _add_input_gradient_(dx_TK, g_TR, a_RK, mask_TK, scale: float, limit: int, seed: int, fused: bool) -> None:
     """dx += scale * dropped(g A)."""
     if fused:
         _add_input_gradient_triton_(dx_TK, g_TR, a_RK, scale, limit, seed)
     elif limit:
-        dx_TK += _dropped_ref(torch.mm(g_TR, a_RK), limit, seed).mul_(scale)
+        dx_TK += _dropped_ref(torch.mm(g_TR, a_RK), mask_TK).mul_(scale)
     else:
         dx_TK.addmm_(g_TR, a_RK, alpha=scale)
 
@@ -293,11 +292,14 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy_TO):
         x_TK, weight_OK, a_RK, b_OR, h_TR = ctx.saved_tensors
         wants_dx, _, wants_da, wants_db, *_ = ctx.needs_input_grad
+        _, limit, seed, fused = ctx.how
+        # The kernels make it where they use it.
+        mask_TK = None if fused else _mask_ref(x_TK, limit, seed)
         g_TR, dx_TK = torch.mm(dy_TO, b_OR), None
         if wants_dx:
             dx_TK = torch.mm(dy_TO, weight_OK)
-            _add_input_gradient_(dx_TK, g_TR, a_RK, *ctx.how)
-        da_RK = _weight_gradient(x_TK, g_TR, *ctx.how) if wants_da else None
+            _add_input_gradient_(dx_TK, g_TR, a_RK, mask_TK, *ctx.how)
+        da_RK = _weight_gradient(x_TK, g_TR, mask_TK, *ctx.how) if wants_da else None
         db_OR = torch.mm(dy_TO.t(), h_TR) if wants_db else None
         return dx_TK, None, da_RK, db_OR, None, None, None, None
 
