@@ -28,10 +28,9 @@ import torch
 from benchmarks.bench_train import data_shape, measure
 from benchmarks.harness import Roofline, evidence
 from benchmarks.sections import forget, run_sections, section_parser
-from benchmarks.stages.train_parts import Model, Row, make_batches, make_rows
+from benchmarks.stages.train_parts import Model, Row, leave_group, make_batches, make_rows, step_flop
 from medmax_fast.data.collate import target_counts
 from medmax_fast.model.init import SHAPES, make_tokenizer
-from medmax_fast.model.layout import ModelShape
 from medmax_fast.runtime import pick_device, pick_dtype
 from medmax_fast.training import engine as ds
 from medmax_fast.training.speed import flops_per_token, mfu, peak_flops
@@ -80,14 +79,9 @@ def floors() -> list[dict]:
     layout = IdLayout.from_vocab(make_tokenizer(shape.vocab_size)["model"]["vocab"])
     ids, offsets = make_rows(GPU.rows, layout, GPU.shrink)
     targets = int(target_counts(ids, offsets, layout.eot).sum())
-    work = {"full": (data_shape(GPU.rows, len(ids)), step_flop(shape, len(ids), targets))}
-    work["short_rows"] = rows_shape(GPU.pack), step_flop(shape, GPU.pack, TARGET_SHARE * GPU.pack)
+    work = {"full": (data_shape(GPU.rows, len(ids)), step_flop(shape, True, len(ids), targets))}
+    work["short_rows"] = rows_shape(GPU.pack), step_flop(shape, True, GPU.pack, TARGET_SHARE * GPU.pack)
     return [{"stage": stage, "shape": words, "moved_bytes": 0, "flop": flop} for stage, (words, flop) in work.items()]
-
-
-def step_flop(shape: ModelShape, ids: int, targets: float) -> float:
-    """FLOP of the products of a step, the head's for the supervised ids alone."""
-    return ids * flops_per_token(shape, True, targets / ids)
 
 
 def equal_rows(pack: int, length: int, layout: IdLayout) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +112,7 @@ class Bench:
         work: ids and targets of a step.
         """
         ids, targets = work
-        done = {"flop": step_flop(model.shape, ids, targets), "items": (ids, "ids"), "beside": beside}
+        done = {"flop": step_flop(model.shape, True, ids, targets), "items": (ids, "ids"), "beside": beside}
         done["quality"] = {name: line[name] for name in ("loss_difference", "gradient_difference")}
         row = evidence(stage, shape, form, line, self.roofline, **done)
         more = {"memory_gib": line["memory_gib"]}
@@ -193,6 +187,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
     sys.exit(status)

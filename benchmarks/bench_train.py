@@ -33,7 +33,17 @@ import torch
 
 from benchmarks.harness import Roofline, environment, evidence, report, timed
 from benchmarks.sections import FAILURES, failure, forget, section_parser
-from benchmarks.stages.train_parts import Model, Row, engine_step, make_batches, make_rows, recomputing, torch_step
+from benchmarks.stages.train_parts import (
+    Model,
+    Row,
+    engine_step,
+    leave_group,
+    make_batches,
+    make_rows,
+    recomputing,
+    step_flop,
+    torch_step,
+)
 from medmax_fast.data.collate import target_counts
 from medmax_fast.files import write_json
 from medmax_fast.model.attention import available
@@ -119,7 +129,7 @@ def floors() -> list[dict]:
     layout = IdLayout.from_vocab(make_tokenizer(shape.vocab_size)["model"]["vocab"])
     ids, offsets = make_rows(rows, layout, 1)
     targets = int(target_counts(ids, offsets, layout.eot).sum())
-    flop = len(ids) * flops_per_token(shape, False, targets / len(ids))
+    flop = step_flop(shape, False, len(ids), targets)
     return [{"stage": "train", "shape": data_shape(rows, len(ids)), "moved_bytes": 0, "flop": flop}]
 
 
@@ -203,7 +213,7 @@ def run(arguments: argparse.Namespace, size: str, pack_length: int) -> tuple[lis
     lengths = {"packed": pack_length} | ({"long": LONG_PACK} if long_packs else {})
     batches = make_batches(ids, offsets, model.layout, lengths, device)
     tokens, targets = len(ids), sum(batch["target_tokens"] for batch in batches["packed"])
-    flop = tokens * flops_per_token(model.shape, False, targets / tokens)
+    flop = step_flop(model.shape, False, tokens, targets)
     facts = {
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -295,6 +305,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
     sys.exit(status)

@@ -15,7 +15,7 @@ from benchmarks.counting.tally import Count, Tally
 from benchmarks.stages.generate_forms import PROMPT_IDS, QUESTION_IDS
 from benchmarks.stages.generate_work import pairs_of, picture_work, prefill_flop, text_work
 from benchmarks.stages.image_forms import encode_bytes, encode_flop
-from benchmarks.stages.train_parts import make_rows
+from benchmarks.stages.train_parts import make_rows, step_flop
 from medmax_fast.config import TrainConfig
 from medmax_fast.data.collate import collate
 from medmax_fast.data.packing import plan_epoch
@@ -30,7 +30,6 @@ from medmax_fast.model.layout import Key
 from medmax_fast.model.load import load_model
 from medmax_fast.model.trainable import prepare
 from medmax_fast.model.vqgan import VQGAN
-from medmax_fast.training.speed import flops_per_token
 from medmax_fast.vocab import IMAGE_CODES, IdLayout, read_vocab
 
 PACK = 16384
@@ -143,7 +142,7 @@ def training(tally: Tally) -> Iterator[Found]:
             with tally.apart() as count:
                 packed(batch)[0].backward()
         ids = len(pack.input_ids)
-        floor = 0, ids * flops_per_token(checkpoint.shape, full, pack.target_tokens / ids)
+        floor = 0, step_flop(checkpoint.shape, full, ids, pack.target_tokens)
         shape = f"{size}, a pack of {ids:,} ids, recompute {recompute}"
         yield Found("full" if full else "train", shape, floor, count, whole.peak)
         del model, packed

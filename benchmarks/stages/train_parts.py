@@ -20,10 +20,12 @@ from medmax_fast.data.packing import plan_epoch
 from medmax_fast.model import attention, fused
 from medmax_fast.model.adapter import LoraLinear, adapted, add_adapter
 from medmax_fast.model.init import random_model
+from medmax_fast.model.layout import ModelShape
 from medmax_fast.model.load import shape_of
 from medmax_fast.model.loss import IGNORE, packed_loss, target_losses
 from medmax_fast.model.trainable import PackedModel, recompute_activations
 from medmax_fast.training import engine as ds
+from medmax_fast.training.speed import flops_per_token
 from medmax_fast.vocab import IMAGE_CODES, IdLayout
 
 PUBLISHED_LENGTH = 2048
@@ -106,6 +108,17 @@ def make_batches(
         plan = plan_epoch(np.diff(offsets), length, 0, 0)
         made[name] = [collate(ids, offsets, plan.pack(p), layout.eot).to_torch(device) for p in range(len(plan))]
     return made
+
+
+def step_flop(shape: ModelShape, full: bool, ids: int, targets: float) -> float:
+    """FLOP of the products of a step, the head's for the supervised ids alone."""
+    return ids * flops_per_token(shape, full, targets / ids)
+
+
+def leave_group() -> None:
+    """End the process group that an engine was built in, at the end of the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Model:
